@@ -1,0 +1,81 @@
+"""What every command shares: `--config`, typed overrides, and one-line errors with exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from slimmoe_jax import config as config_lib
+from slimmoe_jax.config import InputError, TrainConfig
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command's `main(argv)` and exits. An InputError becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, default: object = tyro.MISSING):
+    """Fills the dataclass `cls` from flags over `default`. Prints help and exits 0 on `--help`.
+
+    Raises:
+      InputError: an unknown flag, or a value of the wrong type; the message names the flag.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                cls,
+                args=list(argv),
+                prog=f"python -m slimmoe_jax.{prog}",
+                description=description,
+                default=default,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(boxed: str) -> str:
+    """The message inside tyro's box, as one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in boxed.splitlines()]
+    lines = [line for line in lines[1:] if line.strip("─ ")]  # the first is the box's title
+    return " ".join(" ".join(lines).split())
+
+
+def split_config(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """Takes `--config FILE` (or `--config=FILE`) out of argv and loads it; the defaults stand where there is none."""
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise InputError("--config needs a file: a Python file with get_config(), or a run's config.json")
+            return config_lib.load(argv[i + 1]), argv[:i] + argv[i + 2 :]
+        if word.startswith("--config="):
+            return config_lib.load(word.removeprefix("--config=")), argv[:i] + argv[i + 1 :]
+    return TrainConfig(), argv
+
+
+def train_config(argv: Sequence[str], *, prog: str, description: str) -> TrainConfig:
+    """The validated config of a command that takes `--config FILE` and overrides.
+
+    The schedule is as long as the config file's own number of steps, not as `--steps`: a run cut short and resumed
+    is then the run that was never cut.
+    """
+    base, overrides = split_config(argv)
+    if not base.optim.schedule_steps:
+        base = config_lib.override(base, {"optim.schedule_steps": base.steps})
+    description += " Start from --config FILE; each flag below overrides one field of it."
+    config = parse(TrainConfig, overrides, prog=prog, description=description, default=base)
+    config_lib.validate(config)
+    return config
