@@ -1,0 +1,198 @@
+"""Expert dispatch: three ways to send tokens through the experts that they chose, behind one function.
+
+Axes: B batch, S sequence, D model, E experts, F expert hidden, K most experts a token, C slots an expert and sequence,
+P = S K (token, choice) pairs, M rows of the expert buffer.
+
+- `dense`: every expert computes every token; unchosen results have gate 0. The oracle, and exact at any batch size.
+- `capacity`: each expert takes at most C tokens of a sequence, earlier tokens first, so that shapes are static and no token
+  depends on a later one. A choice that finds its expert full is dropped: the token keeps its residual, and the drop is counted.
+- `ragged`: pairs sorted by expert, grouped matrix products over groups of any length; nothing is dropped.
+
+Rows move only by gathers. The gradient of a gather is a scatter, which is slow where rows collide; here the inverse index is
+known, so the gradient is written as a gather as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slimmoe_jax.config import ModelConfig
+
+Dispatch = Literal["dense", "capacity", "ragged"]
+
+
+class ExpertWeights(NamedTuple):
+    """The feed-forward weights of all experts; `gate` is None where the hidden layer is not gated."""
+
+    up: jax.Array  # [E, D, F]
+    down: jax.Array  # [E, F, D]
+    gate: jax.Array | None  # [E, D, F]
+
+
+class Plan(NamedTuple):
+    """Where each pair goes. An index one past the end means nowhere; reading there gives zeros."""
+
+    slot_of_pair: jax.Array  # [S, K] int32 into M
+    pair_of_slot: jax.Array  # [M] int32 into P
+    group_sizes: jax.Array  # [E] int32, pairs that chose each expert
+
+
+def resolve_dispatch(config: ModelConfig, train: bool) -> Dispatch:
+    """The dispatch that is meant. Outside training nothing may be dropped, so `capacity` gives way to `dense`."""
+    if not config.is_moe:
+        return "dense"
+    method = "capacity" if config.dispatch == "auto" else config.dispatch
+    return "dense" if method == "capacity" and not train else method
+
+
+def capacity(config: ModelConfig, length: int) -> int:
+    """C: slots an expert has for a sequence of `length` tokens, a multiple of 8 where that is below the length."""
+    even_share = config.router.max_experts * length / config.experts
+    return min(length, 8 * math.ceil(config.capacity_factor * even_share / 8))
+
+
+def apply_experts(
+    x: jax.Array,
+    gates: jax.Array,
+    mask: jax.Array,
+    weights: ExpertWeights,
+    *,
+    method: Dispatch,
+    config: ModelConfig,
+    dropout: Callable[[jax.Array], jax.Array] = lambda h: h,
+) -> tuple[jax.Array, jax.Array]:
+    """Sends each token through its experts and sums their outputs by gate.
+
+    Args:
+      x: [B, S, D].
+      gates: [B, S, E] float32.
+      mask: [B, S, E] bool, at most `config.router.max_experts` True a token.
+      dropout: applied to the experts' hidden activations.
+    Returns: [B, S, D], and the choices [B, S, E] that were dropped for want of a slot.
+    """
+    if method == "dense":
+        return _dense(x, gates, weights, dropout), jnp.zeros_like(mask)
+    if method == "capacity":
+        return _capacity(x, gates, mask, weights, config, dropout)
+    return _ragged(x, gates, mask, weights, config, dropout), jnp.zeros_like(mask)
+
+
+def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Callable) -> jax.Array:
+    hidden = jnp.einsum("BSD,EDF->BSEF", x, weights.up)
+    gate = None if weights.gate is None else jnp.einsum("BSD,EDF->BSEF", x, weights.gate)
+    hidden = dropout(_activate(hidden, gate))
+    # Weighting the hidden layer instead of the output spares an array [B, S, E, D].
+    return jnp.einsum("BSEF,EFD->BSD", hidden * gates[..., None].astype(x.dtype), weights.down)
+
+
+def _capacity(
+    x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights, config: ModelConfig, dropout: Callable
+) -> tuple[jax.Array, jax.Array]:
+    batch, length, width = x.shape
+    experts, slots = config.experts, capacity(config, length)
+    choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
+    plan = jax.vmap(lambda e, c: _plan(e, c, experts, slots))(choice, chosen)
+    rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
+    rows = nn.with_logical_constraint(rows, ("batch", "expert", None, None))
+    hidden = jnp.einsum("BECD,EDF->BECF", rows, weights.up)
+    gate = None if weights.gate is None else jnp.einsum("BECD,EDF->BECF", rows, weights.gate)
+    out = jnp.einsum("BECF,EFD->BECD", dropout(_activate(hidden, gate)), weights.down)
+    out = jax.vmap(_rows_of_pairs)(out.reshape(batch, experts * slots, width), plan)
+    y = _combine(out, gate_of_choice)
+    full = (plan.slot_of_pair == experts * slots) & chosen
+    return y, jnp.any(full[..., None] & jax.nn.one_hot(choice, experts, dtype=bool), axis=-2)
+
+
+def _ragged(
+    x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights, config: ModelConfig, dropout: Callable
+) -> jax.Array:
+    batch, length, width = x.shape
+    choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
+    tokens = (batch * length, -1)
+    plan = _plan(choice.reshape(tokens), chosen.reshape(tokens), config.experts, slots=None)
+    rows = _rows_of_tokens(x.reshape(tokens), plan)
+    hidden = jax.lax.ragged_dot(rows, weights.up, plan.group_sizes)
+    gate = None if weights.gate is None else jax.lax.ragged_dot(rows, weights.gate, plan.group_sizes)
+    out = jax.lax.ragged_dot(dropout(_activate(hidden, gate)), weights.down, plan.group_sizes)
+    return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), gate_of_choice)
+
+
+def _activate(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
+    return jax.nn.silu(hidden) if gate is None else jax.nn.silu(gate) * hidden
+
+
+def _combine(outputs: jax.Array, gate_of_choice: jax.Array) -> jax.Array:
+    """[B, S, K, D] and [B, S, K] -> [B, S, D]."""
+    return jnp.einsum("BSKD,BSK->BSD", outputs, gate_of_choice.astype(outputs.dtype))
+
+
+def _choices(gates: jax.Array, mask: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The experts of each token as a list: which [.., K], with what gate [.., K], and whether the entry is one [.., K]."""
+    chosen, choice = jax.lax.top_k(mask.astype(jnp.int32), most)
+    one_hot = jax.nn.one_hot(choice, mask.shape[-1], dtype=gates.dtype)  # a product, so that its gradient is no scatter
+    return choice, jnp.einsum("...KE,...E->...K", one_hot, gates), chosen.astype(bool)
+
+
+def _plan(choice: jax.Array, chosen: jax.Array, experts: int, slots: int | None) -> Plan:
+    """Sorts pairs by expert, in token order within each.
+
+    Args:
+      choice: [S, K] int32 experts; chosen: [S, K] bool, whether the entry is one.
+      slots: C, an expert's places; None packs the experts' pairs one after another without gaps.
+    """
+    pairs = choice.size
+    expert = jnp.where(chosen, choice, experts).reshape(-1)  # E sorts what is not chosen to the end
+    by_pair = jax.nn.one_hot(expert, experts, dtype=jnp.int32)  # [P, E]
+    rank = jnp.sum((jnp.cumsum(by_pair, axis=0) - 1) * by_pair, axis=-1)  # place within its expert
+    group_sizes = by_pair.sum(axis=0)
+    first = jnp.cumsum(group_sizes) - group_sizes  # [E] where each expert starts in sorted order
+    order = jnp.argsort(expert, stable=True)  # [P] pair at each sorted place
+    if slots is None:
+        total = group_sizes.sum()
+        slot_of_pair = jnp.where(expert < experts, jnp.append(first, 0)[expert] + rank, pairs)
+        pair_of_slot = jnp.where(jnp.arange(pairs) < total, order, pairs)
+    else:
+        fits = (expert < experts) & (rank < slots)
+        slot_of_pair = jnp.where(fits, expert * slots + rank, experts * slots)
+        place = jnp.arange(slots)[None, :]
+        pair_of_slot = order[jnp.minimum(first[:, None] + place, pairs - 1)]  # [E, C]
+        pair_of_slot = jnp.where(place < group_sizes[:, None], pair_of_slot, pairs).reshape(-1)
+    return Plan(slot_of_pair.reshape(choice.shape), pair_of_slot, group_sizes)
+
+
+def _read(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """rows[index], zeros where the index is past the end."""
+    return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _rows_of_tokens(x: jax.Array, plan: Plan) -> jax.Array:
+    """Tokens [S, D] -> expert rows [M, D]: each slot reads the token of its pair."""
+    choices = plan.slot_of_pair.shape[1]
+    return _read(x, plan.pair_of_slot // choices)  # the past-the-end pair, S K, becomes the past-the-end token, S
+
+
+def _rows_of_tokens_bwd(plan: Plan, grad: jax.Array) -> tuple[jax.Array, None]:
+    return _read(grad, plan.slot_of_pair).sum(axis=1), None
+
+
+_rows_of_tokens.defvjp(lambda x, plan: (_rows_of_tokens(x, plan), plan), _rows_of_tokens_bwd)
+
+
+@jax.custom_vjp
+def _rows_of_pairs(rows: jax.Array, plan: Plan) -> jax.Array:
+    """Expert rows [M, D] -> choices of tokens [S, K, D]: each pair reads its slot."""
+    return _read(rows, plan.slot_of_pair)
+
+
+def _rows_of_pairs_bwd(plan: Plan, grad: jax.Array) -> tuple[jax.Array, None]:
+    return _read(grad.reshape(-1, grad.shape[-1]), plan.pair_of_slot), None
+
+
+_rows_of_pairs.defvjp(lambda rows, plan: (_rows_of_pairs(rows, plan), plan), _rows_of_pairs_bwd)
