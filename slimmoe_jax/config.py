@@ -153,6 +153,7 @@ class TrainConfig:
     steps: int = 1_000  # optimiser steps in all, not counted from a resume
     seed: int = 0  # of initialisation, shuffling and dropout
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
+    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     init_from: str = ""  # run folder whose newest weights start this one
     log_every: int = 10  # steps between lines of metrics.jsonl
     compilation_cache: str = "~/.cache/slimmoe_jax/xla"  # folder of compiled programs; empty: none
@@ -247,6 +248,8 @@ def _validate_router(model: ModelConfig) -> None:
         raise InputError(f"model.router.threshold = {router.threshold}: give a probability above 0, at most 1")
     if router.l1_factor < 1:
         raise InputError(f"model.router.l1_factor = {router.l1_factor}: give a factor of at least 1")
+    if router.kind == "relu" and router.balance == "bias":
+        raise InputError("model.router.balance = bias selects by score, which relu does not: choose aux, aux_micro or none")
     if router.renormalize and router.max_experts == 1:
         raise InputError(
             "model.router.renormalize with model.router.max_experts = 1 makes every gate 1, and the router learns nothing:"
@@ -283,6 +286,12 @@ def _validate_optim(config: TrainConfig) -> None:
             raise InputError(f"optim.{name} = {getattr(optim, name)}: give a value from 0 to below 1")
     if not 0 < optim.decay_fraction <= 1:
         raise InputError(f"optim.decay_fraction = {optim.decay_fraction}: give a fraction above 0, at most 1")
+    schedule_steps = optim.schedule_steps or config.steps
+    if optim.warmup_steps >= schedule_steps:
+        raise InputError(
+            f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of the {schedule_steps} steps of the schedule:"
+            " lower it, or raise optim.schedule_steps"
+        )
     if config.data.batch_size % optim.accumulate:
         raise InputError(
             f"optim.accumulate = {optim.accumulate} does not divide data.batch_size = {config.data.batch_size}:"

@@ -99,7 +99,7 @@ def _capacity(
     choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
     plan = jax.vmap(lambda e, c: _plan(e, c, experts, slots))(choice, chosen)
     rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
-    rows = nn.with_logical_constraint(rows, ("batch", "expert", None, None))
+    rows = nn.with_logical_constraint(rows, ("group", "expert", None, None))
     hidden = jnp.einsum("BECD,EDF->BECF", rows, weights.up)
     gate = None if weights.gate is None else jnp.einsum("BECD,EDF->BECF", rows, weights.gate)
     out = jnp.einsum("BECF,EFD->BECD", dropout(_activate(hidden, gate)), weights.down)

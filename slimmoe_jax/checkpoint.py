@@ -1,0 +1,165 @@
+"""Orbax checkpoints: weights, optimiser, data iterator and config, saved asynchronously and atomically.
+
+A checkpoint is a folder `checkpoints/STEP/` with four items: `weights` (parameters and router state: all that evaluation,
+generation and export need), `optimizer` (moments, step, dropout key), `data` (the iterator's state) and `config`. A folder gets its
+name only when it is complete, so a run that is killed while saving keeps its previous checkpoint and loses nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as policies
+
+from slimmoe_jax import config as config_lib
+from slimmoe_jax import state as state_lib
+from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.routing import RouterState
+from slimmoe_jax.state import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep_last` and, if asked for, the best by validation loss."""
+
+    def __init__(self, workdir: str | Path, config: TrainConfig | None = None):
+        """Opens WORKDIR/checkpoints; with a config for writing, without one for reading."""
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                read_only=config is None,
+                create=config is not None,
+                cleanup_tmp_directories=config is not None,
+                preservation_policy=_policy(config) if config else None,
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest validation loss among those kept; None where no loss was recorded."""
+        losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        losses = {step: metrics["validation_loss"] for step, metrics in losses.items() if metrics}
+        return min(losses, key=losses.get, default=None)
+
+    def save(self, step: int, state: TrainState, data: dict, config: TrainConfig, validation_loss: float | None = None) -> None:
+        """Starts saving; the copy off the devices is done when this returns, the writing goes on behind.
+
+        Args:
+          step: steps done, as the state counts them too.
+          data: JSON-able state of the iterator after the batches of these steps.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave({"params": state.params, "router": state.router}),
+                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state, "key": state.key}),
+                data=ocp.args.JsonSave(data),
+                config=ocp.args.JsonSave(config_lib.to_json(config)),
+            ),
+            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+        )
+
+    def restore(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, dict]:
+        """The training state and the iterator's state, placed on `mesh`, whatever mesh they were saved from.
+
+        Raises:
+          InputError: no checkpoint, or one that is damaged or of another model.
+        """
+        like = state_lib.abstract(config, mesh)
+        items = self._restore(
+            step,
+            weights=ocp.args.StandardRestore({"params": like.params, "router": like.router}),
+            optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state, "key": like.key}),
+            data=ocp.args.JsonRestore(),
+        )
+        return TrainState(**items.weights, **items.optimizer), items.data
+
+    def restore_weights(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[Any, RouterState]:
+        """Parameters and router state alone."""
+        like = state_lib.abstract(config, mesh)
+        weights = ocp.args.StandardRestore({"params": like.params, "router": like.router})
+        items = self._restore(step, weights=weights)
+        return items.weights["params"], items.weights["router"]
+
+    def config(self, step: int | None = None) -> TrainConfig:
+        """The config that the checkpoint was saved with."""
+        tree = self._restore(step, config=ocp.args.JsonRestore()).config
+        return config_lib.from_json(tree, f"{self.directory}/{step or self.latest}/config")
+
+    def wait(self) -> None:
+        """Blocks until what was started is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _restore(self, step: int | None, **items: ocp.args.CheckpointArgs) -> Any:
+        steps = sorted(self._manager.all_steps())
+        step = self.latest if step is None else step
+        if step not in steps:
+            have = f"it holds steps {steps}" if steps else "train one first, or name another run's folder"
+            raise InputError(f"no checkpoint {'' if step is None else step} in {self.directory}: {have}")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            others = [s for s in steps if s != step]
+            mend = f"remove that folder to go on from step {max(others)}" if others else "there is no other in this run"
+            raise InputError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
+
+
+def _policy(config: TrainConfig) -> policies.PreservationPolicy:
+    newest = policies.LatestN(config.checkpoint.keep_last)
+    if not config.checkpoint.keep_best:
+        return newest
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics["validation_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    return policies.AnyPreservationPolicy([newest, best])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model as its folder holds it."""
+
+    directory: Path
+    step: int
+    config: TrainConfig
+    params: Any
+    router: RouterState
+
+
+def load_run(path: str | Path, mesh: Mesh) -> Run:
+    """The newest weights of a run, or those of a given step.
+
+    Args:
+      path: the run's folder RUN, or RUN/STEP, or RUN/checkpoints/STEP.
+    Raises:
+      InputError: not a run, no such step, or a damaged checkpoint.
+    """
+    directory, step = Path(path), None
+    if directory.name.isdigit() and not (directory / "checkpoints").is_dir():
+        directory, step = directory.parent, int(directory.name)
+        directory = directory.parent if directory.name == "checkpoints" else directory
+    if not (directory / "checkpoints").is_dir():
+        raise InputError(f"{path} holds no run (there is no folder checkpoints): give the --workdir of a training run")
+    checkpoints = Checkpoints(directory)
+    try:
+        step = checkpoints.latest if step is None else step
+        config = checkpoints.config(step)
+        params, router = checkpoints.restore_weights(config, mesh, step)
+        return Run(directory, step, config, params, router)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,177 @@
+"""What a model costs, what a device can do, and the record that a run leaves.
+
+Counts follow from the config alone. FLOPs are of training, forward and backward; attention is counted in two conventions:
+`palm` as if it were full (PaLM, arXiv 2204.02311, appendix B), `causal` half of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimmoe_jax.config import ModelConfig, TrainConfig
+
+# Dense peaks in FLOP/s from the vendors' data sheets: device kind -> (bfloat16, float32 as JAX runs it: TF32 where there is one).
+PEAKS = {
+    "NVIDIA H200": (989e12, 494e12),
+    "NVIDIA H100": (989e12, 494e12),
+    "NVIDIA A100": (312e12, 156e12),
+    "NVIDIA L40S": (362e12, 183e12),
+    "NVIDIA L4": (121e12, 60e12),
+    "NVIDIA GeForce RTX 4090": (165e12, 82.6e12),
+    "NVIDIA GeForce RTX 3090": (71e12, 35.6e12),
+    "NVIDIA A10": (125e12, 62.5e12),
+    "Tesla T4": (65e12, 8.1e12),
+    "Tesla V100": (125e12, 15.7e12),
+}
+
+
+def parameter_counts(model: ModelConfig) -> dict[str, int]:
+    """Parameters by part of the model. A dense model's feed-forward layers count as experts."""
+    d, h = model.width, model.head_dim
+    kv = sum(model.layer_kv_heads)
+    matrices = 3 if model.gated else 2
+    return {
+        "input embedding": model.vocab_size * d,
+        "output head": 0 if model.tie_embeddings else model.vocab_size * d,
+        "attention query, out": model.layers * 2 * d * model.heads * h,
+        "attention key, value": 2 * d * h * kv,
+        "experts": model.layers * model.experts * matrices * d * model.expert_hidden,
+        "routers": model.layers * d * model.experts if model.is_moe else 0,
+        "norms": d * (2 * model.layers + 1) + (2 * h * model.layers if model.qk_norm else 0),
+    }
+
+
+def experts_per_token(model: ModelConfig) -> float:
+    """Experts that a token uses: the controller's target where there is one, else the most it may."""
+    if not model.is_moe:
+        return 1.0
+    steered = model.router.kind != "top_k" and model.router.target_experts > 0
+    return model.router.target_experts if steered else float(model.router.max_experts)
+
+
+def active_parameters(model: ModelConfig, experts: float | None = None) -> float:
+    """Matrix parameters that multiply each token: output head, attention, router and the experts it uses."""
+    counts = parameter_counts(model)
+    used = experts_per_token(model) if experts is None else experts
+    head = model.vocab_size * model.width
+    attention = counts["attention query, out"] + counts["attention key, value"]
+    return head + attention + counts["routers"] + counts["experts"] * used / model.experts
+
+
+def train_flops_per_token(model: ModelConfig, context: int, experts: float | None = None) -> dict[str, float]:
+    """FLOPs of one training step for each token, in the two conventions."""
+    matrices = 6 * active_parameters(model, experts)
+    attention = 12 * model.layers * model.heads * model.head_dim * context
+    return {"causal": matrices + attention / 2, "palm": matrices + attention}
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, itemsize: int = 4) -> dict[str, int]:
+    """Bytes of keys and values a token, of this model and of the same one with a kv head for each query head."""
+    one = 2 * model.head_dim * itemsize
+    return {"vgqa": one * sum(model.layer_kv_heads), "mha": one * model.layers * model.heads}
+
+
+def memory_estimate(config: TrainConfig, devices: int = 1) -> dict[str, float]:
+    """Bytes on each device for a training step, by arithmetic; the compiler's own figure differs by its reuse of buffers."""
+    model, item = config.model, 4 if config.precision == "float32" else 2
+    shards = max(1, config.mesh.fsdp)
+    parameters = sum(parameter_counts(model).values())
+    tokens = config.data.batch_size * config.data.context / config.optim.accumulate / devices
+    d, heads = model.width, model.heads * model.head_dim
+    kv = 2 * model.head_dim * sum(model.layer_kv_heads) / model.layers
+    slots = min(model.experts, model.capacity_factor * model.router.max_experts) if model.is_moe else 1
+    hidden = (3 if model.gated else 2) * model.expert_hidden  # before and after the activation
+    layer = 6 * d + 3 * heads + kv + slots * (2 * d + hidden)
+    if not (config.precision == "bfloat16" and model.attention != "xla"):
+        layer += 2 * model.heads * config.data.context * (4 / item)  # scores and probabilities, which XLA keeps
+    layers = 1 + model.layers * d / layer if config.remat else model.layers
+    tile = min(tokens, 8_192) * model.vocab_size * 4 * 2
+    return {
+        "parameters": 4 * parameters / shards,
+        "gradients": 4 * parameters / shards,
+        "Adam moments": 8 * parameters / shards,
+        "activations": tokens * layer * layers * item,
+        "logits of a tile": tile + 2 * 4 * model.vocab_size * d,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What MFU is a fraction of."""
+
+    flops: float  # FLOP/s of one device
+    name: str  # which figure this is
+
+
+def device_peak(precision: str) -> Peak:
+    """The peak of this process's kind of device: a data sheet's, or a measured matrix product where none is known."""
+    kind = jax.devices()[0].device_kind
+    for name, (bfloat16, float32) in PEAKS.items():
+        if kind.startswith(name):
+            flops = bfloat16 if precision == "bfloat16" else float32
+            label = "bfloat16" if precision == "bfloat16" else "float32 (TF32 where it has it)"
+            return Peak(flops, f"{flops / 1e12:.0f} TFLOP/s, {name} {label}, dense")
+    flops = _measured_peak(jnp.dtype(precision))
+    return Peak(flops, f"{flops / 1e9:.0f} GFLOP/s, {precision} matrix product measured on this {jax.default_backend()}")
+
+
+def _measured_peak(dtype: jnp.dtype, size: int = 1024) -> float:
+    """The best of a few matrix products, FLOP/s."""
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda a: a @ a).lower(x).compile()
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+class JsonlWriter:
+    """Appends to `metrics.jsonl`. A resumed run takes back the lines past its checkpoint, so no step is written twice."""
+
+    def __init__(self, path: str | Path, resume_step: int):
+        """Keeps the complete lines of steps up to `resume_step`; a line torn by a kill is dropped."""
+        self.path = Path(path)
+        kept = [json.dumps(row) for row in read_jsonl(self.path) if row["step"] <= resume_step] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps({key: to_python(value) for key, value in row.items()}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The complete rows of a metrics file; a torn last line is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def to_python(value: Any) -> Any:
+    """Arrays to numbers and lists of 6 significant digits; a number that is not finite to None, which JSON can hold."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list):
+        return [to_python(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value
