@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--checkpoint is missing: give the folder of a training run")
     run = checkpoint.load_run(args.checkpoint, sharding.make_mesh(MeshConfig()))
     text = sample_text(
-        state.build_model(run.config), run.params, run.router, tokenizers.of_run(run.directory), args.prompt,
+        state.build_model(run.config), run.params, run.router, tokenizers.saved(run.directory), args.prompt,
         new_tokens=args.tokens, temperature=args.temperature, seed=args.seed,
     )  # fmt: skip
     print(text)

@@ -1,0 +1,1 @@
+"""Text in, records of tokens out. Nothing in this package imports JAX."""

