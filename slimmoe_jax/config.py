@@ -106,7 +106,7 @@ class OptimConfig:
     learning_rate: float = 6e-4  # peak
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, linear decay
     schedule_steps: int = 0  # length of the schedule in steps; 0: the config's own number of steps
-    warmup_steps: int = 1_000  # steps of linear warm-up
+    warmup_steps: int = 100  # steps of linear warm-up
     decay_fraction: float = 0.2  # wsd: share of the schedule that decays
     final_fraction: float = 0.1  # learning rate at the end, relative to the peak
     weight_decay: float = 0.1  # on matrices; norms have none
