@@ -69,13 +69,14 @@ def main(argv: Sequence[str]) -> None:
     mesh = sharding.make_mesh(MeshConfig())
     run = checkpoint.load_run(args.checkpoint, mesh)
     records = records_lib.open_records(args.records or config_lib.records_dir(run.config.data), run.config.data.context)
-    records_lib.check_tokenizer(records, run.directory)
+    records_lib.check_same_tokenizer(records, run.directory)
+    split = records.split("validation")
     eval_step = step.make_eval_step(run.config, state.build_model(run.config), records.end_token)
     with sharding.use(mesh):
         result = held_out(
             jax.jit(eval_step), run.params, run.router,
-            records.evaluation_batches(sharding.padded_rows(args.batch_size, mesh), args.batches), mesh,
-            records.bytes_per_token("validation"),
+            records_lib.evaluation_batches(split, sharding.padded_rows(args.batch_size, mesh), args.batches), mesh,
+            split.bytes_per_token,
         )  # fmt: skip
     row = {"checkpoint": str(run.directory), "step": run.step} | dataclasses.asdict(result)
     print(json.dumps(row | {"perplexity": result.perplexity}, indent=2))

@@ -1,0 +1,311 @@
+"""Trains a model, from records to checkpoints.
+
+`python -m slimmoe_jax.train --config configs/pretrain.py [--workdir DIR] [--steps N] [--dry-run] [--FIELD VALUE ...]`
+
+What a start does, in this order:
+1. A folder that holds a run is resumed, from its newest checkpoint, bit for bit; a run of another model is refused.
+2. Otherwise, with --init-from RUN, the weights of that run start this one.
+3. Otherwise the weights are drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from slimmoe_jax import checkpoint, cli, evaluate, generate, metrics, ngrams, optim, sharding, state, step, summary
+from slimmoe_jax import config as config_lib
+from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.data import prepare, sources, tokenizers
+from slimmoe_jax.data import records as records_lib
+from slimmoe_jax.progress import Meter, short
+from slimmoe_jax.state import TrainState
+
+# A local source up to this size is prepared on the way; a larger one is worth its own command.
+AUTO_PREPARE_BYTES = 2**30
+# What a resumed run may change: everything else would make it another run.
+MAY_CHANGE = ("steps", "workdir", "name", "log_every", "compilation_cache", "remat", "mesh.", "checkpoint.", "eval.")
+MAY_CHANGE += ("data.workers", "data.records", "optim.", "model.attention", "model.dispatch", "model.dropout", "precision")
+STOP_AFTER_SKIPPED = 10  # steps in a row without a finite loss
+
+
+def main(argv: Sequence[str]) -> int:
+    dry_run = "--dry-run" in argv
+    config = cli.train_config(
+        [word for word in argv if word != "--dry-run"],
+        prog="train",
+        description="Trains a model; resumes by itself when the workdir holds a run. --dry-run prints the plan and stops.",
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, mesh)
+    if dry_run:
+        print(summary.plan(config, mesh.size))
+        return 0
+    return train(config, mesh)
+
+
+def train(config: TrainConfig, mesh: Mesh) -> int:
+    """Runs the training that the config describes. Returns the exit code: 0, or 128 + signal when asked to stop."""
+    workdir = config_lib.workdir(config)
+    _check_resumable(config, workdir)
+    start_compilation_cache(config)
+
+    # --- data ---
+    records = open_or_prepare(config)
+    processes = {"process": jax.process_index(), "processes": jax.process_count()}
+    batches = records_lib.batches(
+        records.split("train"), config.data.batch_size, seed=config.seed, workers=config.data.workers, **processes
+    )
+
+    # --- run folder ---
+    workdir.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, workdir / "config.json")
+    tokenizers.save(records.tokenizer(), workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, config)
+
+    # --- state ---
+    if checkpoints.latest is not None:
+        train_state, data_state = checkpoints.restore(config, mesh)
+        batches.set_state(data_state)
+        say(f"resuming {workdir} from step {checkpoints.latest}")
+    else:
+        train_state = state.create(config, mesh)
+        if config.init_from:
+            train_state = _init_from(config, train_state, mesh)
+    start = int(jax.device_get(train_state.step))
+    if start >= config.steps:
+        say(f"{workdir} has its {config.steps} steps already: raise --steps to go on")
+        return 0
+
+    # --- steps ---
+    model = state.build_model(config)
+    train_step = jax.jit(step.make_train_step(config, model, optim.make(config), records.end_token), donate_argnums=0)
+    eval_step = jax.jit(step.make_eval_step(config, model, records.end_token))
+    writer = metrics.JsonlWriter(workdir / "metrics.jsonl", start)
+    log = Log(config, writer, start, records.manifest["context"])
+    evaluator = functools.partial(_evaluate, config, records, eval_step, model, mesh, log)
+
+    # --- loop ---
+    # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
+    signals, pending, validation_loss = StopSignals(), None, None
+    with sharding.use(mesh), log, signals:
+        batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
+        for number in range(start + 1, config.steps + 1):
+            data_state = batches.get_state()
+            with jax.transfer_guard("disallow"):
+                train_state, step_metrics = train_step(train_state, batch)
+            if number < config.steps:
+                batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
+            if pending:
+                log.step(*pending)
+            pending = (number, step_metrics)
+            last = number == config.steps or signals.received is not None
+            evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
+            if evaluated or last or number % config.checkpoint.every == 0:
+                log.step(*pending, hold=evaluated)
+                pending = None
+            if evaluated:
+                validation_loss = evaluator(train_state).loss
+            if last or number % config.checkpoint.every == 0:
+                checkpoints.save(number, train_state, data_state, config, validation_loss if evaluated else None)
+            if last:
+                break
+        checkpoints.close()
+    writer.close()
+    if signals.received is not None:
+        say(f"stopped by {signals.received.name}; saved step {number}: the same command goes on from there")
+        return 128 + signals.received
+
+    # --- done ---
+    if config.eval.ngrams:
+        _compare_with_ngrams(config, records, validation_loss)
+    say(f"finished {number} steps; the run is in {workdir}. Next:")
+    say(f'  python -m slimmoe_jax.generate --checkpoint {workdir} --prompt "{config.eval.prompt}"')
+    say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
+    say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def start_compilation_cache(config: TrainConfig) -> None:
+    """Keeps compiled programs on disk, so that the next start is quick."""
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+
+
+def open_or_prepare(config: TrainConfig) -> records_lib.Records:
+    """The prepared records; made first where they are missing and the source is local and small.
+
+    Raises:
+      InputError: they are missing and the source is not, or they do not fit the config.
+    """
+    directory = config_lib.records_dir(config.data)
+    if not (directory / "manifest.json").exists():
+        source = sources.open_source(config.data.source, config.data.text_field)
+        if not source.local or source.total_bytes > AUTO_PREPARE_BYTES:
+            raise InputError(
+                f"{directory} holds no records, and {config.data.source} is too large to prepare on the way: run"
+                " python -m slimmoe_jax.data.prepare with the same config and overrides first"
+            )
+        manifest = prepare.prepare(config.data, directory)
+        say("\n".join(prepare.summary_lines(manifest, directory)))
+    return records_lib.open_records(directory, config.data.context, config.model)
+
+
+def _check_resumable(config: TrainConfig, workdir: Path) -> None:
+    """Refuses a folder with a run that this config would not continue exactly."""
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir {workdir} is a file: give a folder")
+    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").is_dir():
+        return
+    differing = config_lib.differences(config_lib.load(workdir), config)
+    differing.pop("init_from", None)  # it has done its work
+    for name, (old, new) in differing.items():
+        if not name.startswith(MAY_CHANGE):
+            raise InputError(
+                f"{workdir} holds a run with {name} = {old}, this one has {new}: choose another --workdir, or --init-from"
+                f" {workdir} to start from its weights"
+            )
+
+
+def _init_from(config: TrainConfig, fresh: TrainState, mesh: Mesh) -> TrainState:
+    run = checkpoint.load_run(config.init_from, mesh)
+    shapes = [jax.tree.map(lambda x: x.shape, params) for params in (run.params, fresh.params)]
+    if shapes[0] != shapes[1]:
+        names = [name for name in config_lib.differences(run.config.model, config.model)]
+        raise InputError(f"--init-from {config.init_from} holds another model (it differs in {', '.join(names)}): make them equal")
+    say(f"starting from the weights of {run.directory}, step {run.step}")
+    return fresh.replace(params=run.params, router=run.router)
+
+
+def _evaluate(
+    config: TrainConfig, records: records_lib.Records, eval_step: Callable, model: Any, mesh: Mesh,
+    log: Log, train_state: TrainState,
+) -> evaluate.HeldOut:  # fmt: skip
+    """Held-out loss and a sample of text, written and shown."""
+    split = records.split("validation")
+    rows = sharding.padded_rows(min(config.data.batch_size, 32), mesh)
+    batches = records_lib.evaluation_batches(split, rows, config.eval.batches)
+    result = evaluate.held_out(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
+    row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+    if config.eval.sample_tokens:
+        row["sample"] = generate.sample_text(
+            model, train_state.params, train_state.router, records.tokenizer(), config.eval.prompt,
+            new_tokens=config.eval.sample_tokens, temperature=config.eval.temperature, seed=config.seed,
+        )  # fmt: skip
+    log.evaluation(row)
+    return result
+
+
+def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, validation_loss: float) -> None:
+    train, held_out = records.split("train"), records.split("validation")
+    most = 20_000_000 // config.data.context  # records; more would not change the figures, only the memory
+    fitted = ngrams.fit_and_score(
+        train.read(np.arange(min(len(train), most))), held_out.read(np.arange(len(held_out))), records.vocab_size
+    )
+    say(f"validation loss, nats a token: unigram {fitted.unigram:.3f}, bigram {fitted.bigram:.3f}, this model {validation_loss:.3f}")
+
+
+class StopSignals:
+    """SIGTERM and SIGINT end the run after the current step, with a checkpoint. A second one changes nothing."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+
+
+class Log:
+    """Writes `metrics.jsonl` and the progress line."""
+
+    def __init__(self, config: TrainConfig, writer: metrics.JsonlWriter, start: int, context: int):
+        self._config, self._writer = config, writer
+        self._tokens = config.data.batch_size * context
+        self._flops = metrics.train_flops_per_token(config.model, context)
+        self._peak = metrics.device_peak(config.precision)
+        self._meter = Meter("train", config.steps, start)
+        self._last_step, self._last_time, self._skipped = start, time.perf_counter(), 0
+        self._held: dict[str, Any] = {}
+        model = config.model
+        say(
+            f"{short(sum(metrics.parameter_counts(model).values()))} parameters,"
+            f" {short(metrics.active_parameters(model))} active a token; {jax.device_count()} x {jax.devices()[0].device_kind};"
+            f" MFU against {self._peak.name}"
+        )
+
+    def __enter__(self) -> Log:
+        self._meter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._meter.__exit__(*error)
+
+    def step(self, number: int, step_metrics: step.Metrics, hold: bool = False) -> None:
+        """Reads a step's metrics, which waits for the step to be done. With `hold` its line waits for the evaluation."""
+        values = jax.device_get(step_metrics)
+        self._count_skipped(number, bool(values["skipped"]))
+        if number % self._config.log_every and not hold:
+            return
+        now = time.perf_counter()
+        rate = self._tokens * (number - self._last_step) / (now - self._last_time)
+        self._last_step, self._last_time = number, now
+        achieved = rate / jax.device_count() / self._peak.flops
+        row = {"step": number} | values | {"tokens_per_second": rate}
+        row |= {"mfu": self._flops["causal"] * achieved, "mfu_palm": self._flops["palm"] * achieved}
+        if hold:
+            self._held = row
+        else:
+            self._writer.write(row)
+        text = f"step {number}/{self._config.steps}, loss {values['loss']:.3f}, {short(rate)} tokens/s, MFU {row['mfu']:.1%}"
+        if self._config.model.is_moe:
+            text += f", {values['experts_per_token'].mean():.2f} experts a token"
+            text += f", {int(values['dead_experts'].sum())} dead" if values["dead_experts"].sum() else ""
+        self._meter.update(number, text)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Joins an evaluation to the line of its step. Its time does not count as training time."""
+        self._writer.write(self._held | row)
+        loss, bits = row["validation_loss"], row["validation_bits_per_byte"]
+        self._meter.note(f"step {self._held['step']}: validation loss {loss:.4f}, {bits:.4f} bits a byte")
+        if "sample" in row:
+            self._meter.note(f"  sample: {json.dumps(row['sample'], ensure_ascii=False)}")
+        self._last_time = time.perf_counter()
+
+    def _count_skipped(self, number: int, skipped: bool) -> None:
+        self._skipped = self._skipped + 1 if skipped else 0
+        if skipped:
+            self._meter.note(f"step {number}: loss or gradient is not finite; the update is left out")
+        if self._skipped == STOP_AFTER_SKIPPED:
+            raise InputError(
+                f"{STOP_AFTER_SKIPPED} steps in a row up to {number} had no finite loss: lower optim.learning_rate and resume"
+                " from the last checkpoint"
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)
