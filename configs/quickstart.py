@@ -1,6 +1,7 @@
-"""A small SlimMoE with all its parts, trained on the text that Python brings along. Five minutes on two CPU cores, no network.
+"""A small SlimMoE with all its parts, trained on the text that Python brings along. Five minutes on two CPU cores, no
+network.
 
-    python -m slimmoe_jax.train --config configs/quickstart.py
+python -m slimmoe_jax.train --config configs/quickstart.py
 """
 
 from slimmoe_jax.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig

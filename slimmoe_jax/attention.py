@@ -2,9 +2,9 @@
 
 Axes: B batch, S sequence, L cache length, D model, N query heads, K kv heads, H head dimension, R rotated part of H.
 
-Grouped-query attention (Ainslie et al., arXiv 2305.13245) shares each key/value head among N/K query heads; "variable" means
-that K differs by layer, as in DeciLM. Rotary positions (Su et al., arXiv 2104.09864) turn the first R dimensions of each head;
-R = H is RoPE, R = 0 is NoPE (Kazemnejad et al., arXiv 2305.19466), between the two is partial rotation.
+Grouped-query attention (Ainslie et al., arXiv 2305.13245) shares each key/value head among N/K query heads; "variable"
+means that K differs by layer, as in DeciLM. Rotary positions (Su et al., arXiv 2104.09864) turn the first R dimensions
+of each head; R = H is RoPE, R = 0 is NoPE (Kazemnejad et al., arXiv 2305.19466), between the two is partial rotation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved asynchronously and atomically.
 
-A checkpoint is a folder `checkpoints/STEP/` with four items: `weights` (parameters and router state: all that evaluation,
-generation and export need), `optimizer` (moments, step, dropout key), `data` (the iterator's state) and `config`. A folder gets its
-name only when it is complete, so a run that is killed while saving keeps its previous checkpoint and loses nothing else.
+A checkpoint is a folder `checkpoints/STEP/` with four items: `weights` (parameters and router state: all that
+evaluation, generation and export need), `optimizer` (moments, step, dropout key), `data` (the iterator's state) and
+`config`. A folder gets its name only when it is complete, so a run that is killed while saving keeps its previous
+checkpoint and loses nothing else.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ def _policy(config: TrainConfig) -> policies.PreservationPolicy:
     if not config.checkpoint.keep_best:
         return newest
     best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["validation_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        get_metric_fn=lambda metrics: metrics["validation_loss"],
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
     )
     return policies.AnyPreservationPolicy([newest, best])
 

@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, their validation, and how they are read from Python files and JSON.
 
 A config file is Python with one function, `get_config() -> TrainConfig`. The same tree of dataclasses is written to
-`config.json` in each run's folder, and that file is accepted wherever a Python config is. Nothing here imports JAX, so that the
-data tools start quickly and mistakes are found before anything is compiled.
+`config.json` in each run's folder, and that file is accepted wherever a Python config is. Nothing here imports JAX, so
+that the data tools start quickly and mistakes are found before anything is compiled.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ class ModelConfig:
     heads: int = 12  # query heads N
     head_dim: int = 64  # H
     kv_heads: tuple[int, ...] = (4, 4, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4)  # by layer, repeated to fill
-    rotary: tuple[float, ...] = (1.0, 1.0, 1.0, 0.0)  # rotated fraction of head_dim by layer, repeated to fill; 0 is NoPE
+    rotary: tuple[float, ...] = (
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+    )  # rotated fraction of head_dim by layer, repeated to fill; 0 is NoPE
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     qk_norm: bool = False  # RMSNorm on each query and key head
     experts: int = 4  # E; 1 is a dense feed-forward layer without a router (then router.max_experts is 1 too)
@@ -261,9 +266,7 @@ def _validate_data(data: DataConfig) -> None:
     _positive(data, "context", "batch_size", prefix="data.")
     _at_least_zero(data, "train_tokenizer", "min_characters", "workers", prefix="data.")
     if not 0 < data.validation_fraction < 1:
-        raise InputError(
-            f"data.validation_fraction = {data.validation_fraction}: give a fraction between 0 and 1, such as 0.005"
-        )
+        raise InputError(f"data.validation_fraction = {data.validation_fraction}: give a fraction between 0 and 1, such as 0.005")
     if data.tokenizer == "sentencepiece" and not data.train_tokenizer:
         raise InputError(
             "data.tokenizer = sentencepiece needs data.train_tokenizer (a number of pieces), or the path of a .model file"
@@ -279,7 +282,14 @@ def _validate_optim(config: TrainConfig) -> None:
     optim = config.optim
     _positive(optim, "learning_rate", "epsilon", "accumulate", prefix="optim.")
     _at_least_zero(
-        optim, "schedule_steps", "warmup_steps", "weight_decay", "clip_norm", "z_weight", "final_fraction", prefix="optim."
+        optim,
+        "schedule_steps",
+        "warmup_steps",
+        "weight_decay",
+        "clip_norm",
+        "z_weight",
+        "final_fraction",
+        prefix="optim.",
     )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
@@ -294,8 +304,7 @@ def _validate_optim(config: TrainConfig) -> None:
         )
     if config.data.batch_size % optim.accumulate:
         raise InputError(
-            f"optim.accumulate = {optim.accumulate} does not divide data.batch_size = {config.data.batch_size}:"
-            " choose a divisor"
+            f"optim.accumulate = {optim.accumulate} does not divide data.batch_size = {config.data.batch_size}: choose a divisor"
         )
 
 

@@ -8,8 +8,8 @@ P = S K (token, choice) pairs, M rows of the expert buffer.
   depends on a later one. A choice that finds its expert full is dropped: the token keeps its residual, and the drop is counted.
 - `ragged`: pairs sorted by expert, grouped matrix products over groups of any length; nothing is dropped.
 
-Rows move only by gathers. The gradient of a gather is a scatter, which is slow where rows collide; here the inverse index is
-known, so the gradient is written as a gather as well.
+Rows move only by gathers. The gradient of a gather is a scatter, which is slow where rows collide; here the inverse
+index is known, so the gradient is written as a gather as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a model costs, what a device can do, and the record that a run leaves.
 
-Counts follow from the config alone. FLOPs are of training, forward and backward; attention is counted in two conventions:
-`palm` as if it were full (PaLM, arXiv 2204.02311, appendix B), `causal` half of that.
+Counts follow from the config alone. FLOPs are of training, forward and backward; attention is counted in two
+conventions: `palm` as if it were full (PaLM, arXiv 2204.02311, appendix B), `causal` half of that.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Axes: B batch, S sequence, L cache length, D model, E experts, F expert hidden, V vocabulary, N layers.
 
-The model is a pure function of parameters, router state, tokens and a dropout key. Layers are unrolled in Python, because they
-differ in kv heads and rotary fraction. Axis names are logical; `sharding` maps them to a mesh.
+The model is a pure function of parameters, router state, tokens and a dropout key. Layers are unrolled in Python,
+because they differ in kv heads and rotary fraction. Axis names are logical; `sharding` maps them to a mesh.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class FeedForward(nn.Module):
         else:
             gates, mask = jnp.ones((*x.shape[:2], 1), jnp.float32), jnp.ones((*x.shape[:2], 1), bool)
         dropout = nn.Dropout(c.dropout, deterministic=not train)
-        y, dropped = experts.apply_experts(
-            x, gates, mask, self._weights(), method=self.method, config=c, dropout=dropout
-        )
+        y, dropped = experts.apply_experts(x, gates, mask, self._weights(), method=self.method, config=c, dropout=dropout)
         if not c.is_moe:
             return y, None
         counted = dropped if valid is None else dropped & valid[..., None]

@@ -41,7 +41,5 @@ def decay_mask(params: Any) -> Any:
 def make(config: TrainConfig) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW."""
     optim = config.optim
-    adamw = optax.adamw(
-        schedule(config), optim.beta1, optim.beta2, optim.epsilon, weight_decay=optim.weight_decay, mask=decay_mask
-    )
+    adamw = optax.adamw(schedule(config), optim.beta1, optim.beta2, optim.epsilon, weight_decay=optim.weight_decay, mask=decay_mask)
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw) if optim.clip_norm else adamw

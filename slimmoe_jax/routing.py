@@ -2,13 +2,13 @@
 
 Axes: ... any token axes (B, S), T their number, E experts, K `max_experts`, N layers.
 
-A router is stateless inside a step. What moves between steps (the top-p threshold, selection biases, the ReLU router's L1 weight)
-is `RouterState`, which belongs to the training state and to the weights: evaluation, generation and export use its last value.
-All quantities are float32. No token's routing depends on another token's.
+A router is stateless inside a step. What moves between steps (the top-p threshold, selection biases, the ReLU router's
+L1 weight) is `RouterState`, which belongs to the training state and to the weights: evaluation, generation and export
+use its last value. All quantities are float32. No token's routing depends on another token's.
 
-Sources: top-k gating, Shazeer et al. (arXiv 1701.06538); top-p, Huang et al. (arXiv 2403.07652); a global p held by a PI
-controller, arXiv 2512.13996; selection bias without an auxiliary loss, Wang et al. (arXiv 2408.15664); ReLU routing,
-ReMoE (arXiv 2412.14711); balance over the global batch, Qiu et al. (arXiv 2501.11873).
+Sources: top-k gating, Shazeer et al. (arXiv 1701.06538); top-p, Huang et al. (arXiv 2403.07652); a global p held by a
+PI controller, arXiv 2512.13996; selection bias without an auxiliary loss, Wang et al. (arXiv 2408.15664); ReLU
+routing, ReMoE (arXiv 2412.14711); balance over the global batch, Qiu et al. (arXiv 2501.11873).
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def _choose(order_by: jax.Array, scores: jax.Array, config: RouterConfig, thresh
     return jnp.any(one_hot & keep[..., None], axis=-2)
 
 
-def _stats(
-    logits: jax.Array, scores: jax.Array, mask: jax.Array, config: RouterConfig, valid: jax.Array | None
-) -> RoutingStats:
+def _stats(logits: jax.Array, scores: jax.Array, mask: jax.Array, config: RouterConfig, valid: jax.Array | None) -> RoutingStats:
     valid = jnp.ones(mask.shape[:-1], bool) if valid is None else valid
     weight = valid.astype(jnp.float32)
     tokens = tuple(range(mask.ndim - 1))

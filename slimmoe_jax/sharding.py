@@ -1,8 +1,9 @@
 """The mesh, what each logical axis means on it, and how a process's rows become a global batch.
 
-One device is a mesh of one. Batches are split over all three axes; `fsdp` also splits parameters and optimiser state along the
-model dimension, `expert` splits the experts, and tokens travel to them between devices (GShard, arXiv 2006.16668). Nothing that a
-run computes depends on the mesh: the same seed gives the same losses, to rounding, on 1 and on 8 devices.
+One device is a mesh of one. Batches are split over all three axes; `fsdp` also splits parameters and optimiser state
+along the model dimension, `expert` splits the experts, and tokens travel to them between devices (GShard, arXiv
+2006.16668). Nothing that a run computes depends on the mesh: the same seed gives the same losses, to rounding, on 1
+and on 8 devices.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def abstract(config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state's shapes, types and shardings, without its values."""
     boxed = jax.eval_shape(lambda: _initial(config))
     return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), nn.unbox(boxed), sharding.of_tree(boxed, mesh)
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        nn.unbox(boxed),
+        sharding.of_tree(boxed, mesh),
     )
 
 

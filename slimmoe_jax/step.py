@@ -2,10 +2,11 @@
 
 Axes: B batch, S sequence, A micro-batches, N layers.
 
-The auxiliary balance loss depends on expert counts over the global batch. Devices add up by themselves under `jit`. Over
-accumulated micro-batches the loss is differentiated through a scan whose body is recomputed: the counts of all micro-batches are
-known before any gradient is formed, so that accumulation gives exactly the gradient of the undivided batch, for one more forward
-pass. Where no loss couples micro-batches, plain accumulation is used and nothing is recomputed.
+The auxiliary balance loss depends on expert counts over the global batch. Devices add up by themselves under `jit`.
+Over accumulated micro-batches the loss is differentiated through a scan whose body is recomputed: the counts of all
+micro-batches are known before any gradient is formed, so that accumulation gives exactly the gradient of the undivided
+batch, for one more forward pass. Where no loss couples micro-batches, plain accumulation is used and nothing is
+recomputed.
 """
 
 from __future__ import annotations
@@ -116,7 +117,10 @@ def make_train_step(
 
         metrics = parts | {"grad_norm": norm, "learning_rate": learning_rate(state.step), "skipped": ~finite}
         if stats is not None:
-            metrics |= routing.metrics(stats) | {"threshold": state.router.threshold, "l1_weight": state.router.l1_weight}
+            metrics |= routing.metrics(stats) | {
+                "threshold": state.router.threshold,
+                "l1_weight": state.router.l1_weight,
+            }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, router=router), metrics
 
     return train_step

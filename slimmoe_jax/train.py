@@ -37,7 +37,15 @@ from slimmoe_jax.state import TrainState
 AUTO_PREPARE_BYTES = 2**30
 # What a resumed run may change: everything else would make it another run.
 MAY_CHANGE = ("steps", "workdir", "name", "log_every", "compilation_cache", "remat", "mesh.", "checkpoint.", "eval.")
-MAY_CHANGE += ("data.workers", "data.records", "optim.", "model.attention", "model.dispatch", "model.dropout", "precision")
+MAY_CHANGE += (
+    "data.workers",
+    "data.records",
+    "optim.",
+    "model.attention",
+    "model.dispatch",
+    "model.dropout",
+    "precision",
+)
 STOP_AFTER_SKIPPED = 10  # steps in a row without a finite loss
 
 
@@ -218,7 +226,9 @@ def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, vali
     fitted = ngrams.fit_and_score(
         train.read(np.arange(min(len(train), most))), held_out.read(np.arange(len(held_out))), records.vocab_size
     )
-    say(f"validation loss, nats a token: unigram {fitted.unigram:.3f}, bigram {fitted.bigram:.3f}, this model {validation_loss:.3f}")
+    say(
+        f"validation loss, nats a token: unigram {fitted.unigram:.3f}, bigram {fitted.bigram:.3f}, this model {validation_loss:.3f}"
+    )
 
 
 class StopSignals:

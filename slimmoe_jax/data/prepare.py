@@ -2,10 +2,10 @@
 
 `python -m slimmoe_jax.data.prepare --config configs/pretrain.py [--source SOURCE] [--out DIR] [--train-tokenizer N] [--workers N]`
 
-The source is cut into units, which worker processes tokenize. Each finished unit leaves its records and a small JSON file in
-`DIR.partial`, written atomically; a run that was killed goes on from there. At the end what units left over is joined into further
-records, the manifest is written, and the folder gets its name. The result does not depend on the number of workers or on
-interruptions.
+The source is cut into units, which worker processes tokenize. Each finished unit leaves its records and a small JSON
+file in `DIR.partial`, written atomically; a run that was killed goes on from there. At the end what units left over is
+joined into further records, the manifest is written, and the folder gets its name. The result does not depend on the
+number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -247,7 +247,10 @@ def _finish(job: _Job, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]
             entry = {"file": f"train-{number:06}.npy", "records": summary["records"], "sha256": summary["sha256"]}
             files["train"].append(entry)
     left_over = {}
-    for split, kind, name in (("train", "train-rest", "train-rest.npy"), ("validation", "validation", "validation.npy")):
+    for split, kind, name in (
+        ("train", "train-rest", "train-rest.npy"),
+        ("validation", "validation", "validation.npy"),
+    ):
         pieces = [np.load(job.folder / f"unit-{number:06}.{kind}.npy") for number in numbers]
         tokens = np.concatenate([np.empty(0, job.dtype), *pieces])
         rows = len(tokens) // (job.data.context + 1)

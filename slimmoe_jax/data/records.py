@@ -1,8 +1,8 @@
 """Prepared records: fixed-length rows of tokens on disk, read by index.
 
-A folder of records holds `manifest.json` and, for each split, files `.npy` of shape [records, context + 1], memory-mapped when read.
-The manifest says what they are made of, with sha256 sums. Grain decides the order: it shuffles record numbers by seed and epoch,
-and its iterator's state is one number that goes into the checkpoint.
+A folder of records holds `manifest.json` and, for each split, files `.npy` of shape [records, context + 1],
+memory-mapped when read. The manifest says what they are made of, with sha256 sums. Grain decides the order: it
+shuffles record numbers by seed and epoch, and its iterator's state is one number that goes into the checkpoint.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class Records:
         self.context: int = manifest["context"]
         self.end_token: int = manifest["tokenizer"]["end_token"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self._splits = {
-            name: Split(directory, entry, manifest["record_length"]) for name, entry in manifest["splits"].items()
-        }
+        self._splits = {name: Split(directory, entry, manifest["record_length"]) for name, entry in manifest["splits"].items()}
 
     def split(self, name: str) -> Split:
         """`train` or `validation`."""

@@ -1,8 +1,9 @@
 """Where text comes from: a hub dataset, local files of its layout, or the standard library of the Python that runs this.
 
-A source is cut into units, each some 16 MB of text and small enough to pickle: raw lines, texts, or the name of a parquet file and
-its row groups. The reading process only decompresses and cuts; parsing and tokenizing are left to whoever takes a unit. The cut
-depends on the source alone, so that a unit's number means the same text in every process and after every restart.
+A source is cut into units, each some 16 MB of text and small enough to pickle: raw lines, texts, or the name of a
+parquet file and its row groups. The reading process only decompresses and cuts; parsing and tokenizing are left to
+whoever takes a unit. The cut depends on the source alone, so that a unit's number means the same text in every process
+and after every restart.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _txt_units(file: Path) -> Iterator[Unit]:
     """A text file is one document; a longer one than a unit is cut at a line's end, each part a document."""
     lines, size, first_row, done = [], 0, 1, 0
 
-    def unit() -> Unit:
+    def unit(done: int) -> Unit:
         try:
             text = b"\n".join(lines).decode()
         except UnicodeDecodeError as error:
@@ -190,10 +191,10 @@ def _txt_units(file: Path) -> Iterator[Unit]:
         lines.append(line)
         size += len(line)
         if size >= UNIT_BYTES:
-            yield unit()
+            yield unit(done)
             lines, size, first_row = [], 0, first_row + len(lines)
     if lines:
-        yield unit()
+        yield unit(done)
 
 
 def _lines(file: Path) -> Iterator[tuple[bytes, int]]:

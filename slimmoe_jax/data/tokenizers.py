@@ -1,7 +1,7 @@
 """Tokenizers: GPT-2's through tiktoken, and SentencePiece. Both work without a network.
 
-A tokenizer has a fingerprint, the sha256 of what defines it. Records and runs carry it, so that a model never meets text of
-another vocabulary unnoticed. Text is encoded as text: no input, whatever it spells, becomes a special token.
+A tokenizer has a fingerprint, the sha256 of what defines it. Records and runs carry it, so that a model never meets
+text of another vocabulary unnoticed. Text is encoded as text: no input, whatever it spells, becomes a special token.
 """
 
 from __future__ import annotations
