@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.data import tokenizers
@@ -26,9 +27,13 @@ class Split:
     """The records of one split, in files that together are one long array [records, context + 1]."""
 
     def __init__(self, directory: Path, entry: dict[str, Any], record_length: int):
+        self._made_from = (directory, entry, record_length)
         self.tokens, self.bytes = int(entry["tokens"]), int(entry["bytes"])
         self._arrays = [_map_file(directory, file, record_length) for file in entry["files"]]
         self._first = np.cumsum([0] + [len(array) for array in self._arrays])
+
+    def __reduce__(self) -> tuple:
+        return Split, self._made_from  # a reading process maps the files itself; the records are not sent to it
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -146,6 +151,8 @@ def batches(
     threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     iterable = dataset.to_iter_dataset(threads)
     if workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which only absl's own programs parse
+            flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4))
     return iter(iterable)
 
