@@ -22,10 +22,11 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import checkpoint, cli, evaluate, generate, metrics, ngrams, optim, sharding, state, step, summary
+from slimmoe_jax import attention, checkpoint, cli, evaluate, generate, metrics, ngrams, optim, sharding, state, step, summary
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.data import prepare, sources, tokenizers
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     )
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
+    attention.resolve_kernel(config.model, jnp.dtype(config.precision))
     if dry_run:
         print(summary.plan(config, mesh.size))
         return 0
@@ -69,6 +71,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     workdir = config_lib.workdir(config)
     _check_resumable(config, workdir)
     start_compilation_cache(config)
+    initial = _initial_weights(config, mesh) if config.init_from else None
 
     # --- data ---
     records = open_or_prepare(config)
@@ -90,8 +93,9 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
         say(f"resuming {workdir} from step {checkpoints.latest}")
     else:
         train_state = state.create(config, mesh)
-        if config.init_from:
-            train_state = _init_from(config, train_state, mesh)
+        if initial is not None:
+            train_state = train_state.replace(params=initial.params, router=initial.router)
+            say(f"starting from the weights of {initial.directory}, step {initial.step}")
     start = int(jax.device_get(train_state.step))
     if start >= config.steps:
         say(f"{workdir} has its {config.steps} steps already: raise --steps to go on")
@@ -191,14 +195,14 @@ def _check_resumable(config: TrainConfig, workdir: Path) -> None:
             )
 
 
-def _init_from(config: TrainConfig, fresh: TrainState, mesh: Mesh) -> TrainState:
+def _initial_weights(config: TrainConfig, mesh: Mesh) -> checkpoint.Run:
+    """The run that `init_from` names, its model checked against this one's."""
     run = checkpoint.load_run(config.init_from, mesh)
-    shapes = [jax.tree.map(lambda x: x.shape, params) for params in (run.params, fresh.params)]
-    if shapes[0] != shapes[1]:
-        names = [name for name in config_lib.differences(run.config.model, config.model)]
-        raise InputError(f"--init-from {config.init_from} holds another model (it differs in {', '.join(names)}): make them equal")
-    say(f"starting from the weights of {run.directory}, step {run.step}")
-    return fresh.replace(params=run.params, router=run.router)
+    wanted = state.abstract(config, mesh).params
+    if jax.tree.map(lambda x: x.shape, run.params) != jax.tree.map(lambda x: x.shape, wanted):
+        names = ", ".join(f"model.{name}" for name in config_lib.differences(run.config.model, config.model))
+        raise InputError(f"--init-from {config.init_from} holds another model (it differs in {names}): make them equal")
+    return run
 
 
 def _evaluate(

