@@ -1,6 +1,6 @@
 """SlimMoE-250M on FineWeb-Edu sample-10BT: the pretraining stage.
 
-    python -m slimmoe_jax.data.prepare --config configs/pretrain.py      # once; about 11 GB of records
+    python -m slimmoe_jax.data.prepare --config configs/pretrain.py      # once; 10e9 tokens, 20 GB of records
     python -m slimmoe_jax.train --config configs/pretrain.py
 
 From local files of the same layout instead of the hub:

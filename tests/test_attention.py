@@ -67,9 +67,7 @@ def attention_by_loops(x, params, kv_heads, dim, positions, config, segments=Non
     return y
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "rotary", "qk_norm"), [(1, 1.0, False), (2, 0.5, False), (4, 0.0, False), (2, 1.0, True)]
-)
+@pytest.mark.parametrize(("kv_heads", "rotary", "qk_norm"), [(1, 1.0, False), (2, 0.5, False), (4, 0.0, False), (2, 1.0, True)])
 def test_equals_loops(kv_heads, rotary, qk_norm):
     """Every number of kv heads, with full, half and no rotation, and with normalised queries and keys."""
     config = dataclasses.replace(CONFIG, qk_norm=qk_norm)
@@ -130,9 +128,7 @@ def test_positions_matter_with_rotation_alone():
     for rotary, ignores_stretch in ((0.0, True), (0.5, False)):
         layer = Attention(CONFIG, 2, rotary)
         params = init(layer, x)
-        plain, shifted, stretched = (
-            layer.apply({"params": params}, x, p)[0] for p in (POSITIONS, POSITIONS + 40, POSITIONS * 3)
-        )
+        plain, shifted, stretched = (layer.apply({"params": params}, x, p)[0] for p in (POSITIONS, POSITIONS + 40, POSITIONS * 3))
         np.testing.assert_allclose(plain, shifted, atol=1e-5)
         assert bool(jnp.abs(plain - stretched).max() < 1e-5) == ignores_stretch
 
@@ -211,9 +207,9 @@ def test_cudnn_equals_xla(kv_heads):
     assert attention.resolve_kernel(config, jnp.bfloat16) == "cudnn"
 
     def run(layer, x):
-        y, grads = jax.value_and_grad(
-            lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x, positions)[0].astype(jnp.float32)))
-        )(params)
+        y, grads = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x, positions)[0].astype(jnp.float32))))(
+            params
+        )
         return layer.apply({"params": params}, x, positions)[0], grads
 
     def distance(a, b):

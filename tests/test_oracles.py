@@ -32,9 +32,9 @@ def random_params(config):
     params = nn.unbox(model.init(SlimMoE(config), jax.random.key(1)))
     key = jax.random.key(2)
     return jax.tree_util.tree_map_with_path(
-        lambda path, w: w + 0.3 * jax.random.normal(jax.random.fold_in(key, len(str(path))), w.shape)
-        if path[-1].key == "scale"
-        else w,
+        lambda path, w: (
+            w + 0.3 * jax.random.normal(jax.random.fold_in(key, len(str(path))), w.shape) if path[-1].key == "scale" else w
+        ),
         params,
     )
 
