@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,11 +25,16 @@ def inputs(seed=0, length=S):
 
 def init(layer, x):
     """Parameters without their boxes, norm scales random."""
-    params = jax.tree.map(lambda w: w, layer.init(jax.random.key(1), x, POSITIONS[:, : x.shape[1]])["params"])
-    params = {name: getattr(w, "value", w) for name, w in params.items()}
-    for i, name in enumerate(name for name in params if name.endswith("norm")):
-        params[name] = {"scale": 1 + 0.5 * jax.random.normal(jax.random.key(5 + i), (H,))}
+    params = nn.unbox(jax.jit(layer.init)(jax.random.key(1), x, POSITIONS[:, : x.shape[1]])["params"])
+    rng = np.random.default_rng(2)
+    for name in ("query_norm", "key_norm"):
+        if name in params:
+            params[name] = {"scale": jnp.asarray(1 + 0.5 * rng.standard_normal(H, np.float32))}
     return params
+
+
+def run(layer, params, *args):
+    return jax.jit(layer.apply)({"params": params}, *args)
 
 
 def complex_rotation(x, position, dim, theta):
@@ -74,7 +80,7 @@ def test_equals_loops(kv_heads, rotary, qk_norm):
     layer, x = Attention(config, kv_heads, rotary), inputs()
     params = init(layer, x)
     assert params["key"].shape == params["value"].shape == (D, kv_heads, H)
-    y, (k, v) = layer.apply({"params": params}, x, POSITIONS)
+    y, (k, v) = run(layer, params, x, POSITIONS)
     assert k.shape == v.shape == (B, S, kv_heads, H)
     expected = attention_by_loops(x, params, kv_heads, int(rotary * H), POSITIONS, config)
     np.testing.assert_allclose(y, expected, atol=1e-5)
@@ -86,7 +92,7 @@ def test_mask_by_segment_equals_loops():
     layer, x = Attention(CONFIG, 2, 1.0), inputs()
     params = init(layer, x)
     mask = jnp.asarray(segments[:, None, :, None] == segments[:, None, None, :])
-    y, _ = layer.apply({"params": params}, x, POSITIONS, mask)
+    y, _ = run(layer, params, x, POSITIONS, mask)
     expected = attention_by_loops(x, params, 2, H, POSITIONS, CONFIG, segments)
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
@@ -128,7 +134,7 @@ def test_positions_matter_with_rotation_alone():
     for rotary, ignores_stretch in ((0.0, True), (0.5, False)):
         layer = Attention(CONFIG, 2, rotary)
         params = init(layer, x)
-        plain, shifted, stretched = (layer.apply({"params": params}, x, p)[0] for p in (POSITIONS, POSITIONS + 40, POSITIONS * 3))
+        plain, shifted, stretched = (run(layer, params, x, p)[0] for p in (POSITIONS, POSITIONS + 40, POSITIONS * 3))
         np.testing.assert_allclose(plain, shifted, atol=1e-5)
         assert bool(jnp.abs(plain - stretched).max() < 1e-5) == ignores_stretch
 
@@ -138,7 +144,7 @@ def test_gradient_is_causal():
     layer = Attention(CONFIG, 1, 1.0)
     x = inputs()
     params = init(layer, x)
-    jacobian = jax.jacobian(lambda row: layer.apply({"params": params}, row[None], POSITIONS[:1])[0][0])(x[0])
+    jacobian = jax.jit(jax.jacobian(lambda row: layer.apply({"params": params}, row[None], POSITIONS[:1])[0][0]))(x[0])
     size = np.abs(np.asarray(jacobian)).max(axis=(1, 3))  # [S, S] output by input
     np.testing.assert_array_equal(size > 0, np.tril(np.ones((S, S), bool)))
 
@@ -147,12 +153,12 @@ def test_cache_rows_are_written_where_told():
     """New keys and values land at `start`, earlier slots stay, and the mask alone decides what is seen."""
     layer, x = Attention(CONFIG, 2, 1.0), inputs()
     params = init(layer, x)
-    y, (k, v) = layer.apply({"params": params}, x, POSITIONS)
+    y, (k, v) = run(layer, params, x, POSITIONS)
     filler = jnp.full((B, 10, 2, H), 9.0)
     cached = filler.at[:, :4].set(k[:, :4]), filler.at[:, :4].set(v[:, :4])
     mask = (jnp.arange(10)[None, :] <= jnp.arange(4, S)[:, None])[None, None]
     mask = jnp.broadcast_to(mask, (B, 1, 3, 10))
-    out, (keys, values) = layer.apply({"params": params}, x[:, 4:], POSITIONS[:, 4:], mask, cached, 4)
+    out, (keys, values) = run(layer, params, x[:, 4:], POSITIONS[:, 4:], mask, cached, 4)
     np.testing.assert_allclose(out, y[:, 4:], atol=1e-5)
     np.testing.assert_allclose(keys, filler.at[:, :S].set(k), atol=1e-5)
     np.testing.assert_allclose(values, filler.at[:, :S].set(v), atol=1e-5)
@@ -203,10 +209,10 @@ def test_cudnn_equals_xla(kv_heads):
     x = jax.random.normal(jax.random.key(0), (2, 256, config.width))
     positions = jnp.broadcast_to(jnp.arange(256), (2, 256))
     exact = Attention(config, kv_heads, 1.0)
-    params = {name: w.value for name, w in exact.init(jax.random.key(1), x, positions)["params"].items()}
+    params = nn.unbox(exact.init(jax.random.key(1), x, positions)["params"])
     assert attention.resolve_kernel(config, jnp.bfloat16) == "cudnn"
 
-    def run(layer, x):
+    def results(layer, x):
         y, grads = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x, positions)[0].astype(jnp.float32))))(
             params
         )
@@ -218,7 +224,7 @@ def test_cudnn_equals_xla(kv_heads):
             for u, w in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         )
 
-    reference = run(exact, x)
-    rounded = run(Attention(config, kv_heads, 1.0, "xla", jnp.bfloat16), x.astype(jnp.bfloat16))
-    fused = run(Attention(config, kv_heads, 1.0, "cudnn", jnp.bfloat16), x.astype(jnp.bfloat16))
+    reference = results(exact, x)
+    rounded = results(Attention(config, kv_heads, 1.0, "xla", jnp.bfloat16), x.astype(jnp.bfloat16))
+    fused = results(Attention(config, kv_heads, 1.0, "cudnn", jnp.bfloat16), x.astype(jnp.bfloat16))
     assert distance(fused, reference) < max(2 * distance(rounded, reference), 0.02)

@@ -29,14 +29,11 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
 
 def random_params(config):
     """Fresh weights; norm scales are random as well, or a misplaced norm would go unseen."""
-    params = nn.unbox(model.init(SlimMoE(config), jax.random.key(1)))
-    key = jax.random.key(2)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: (
-            w + 0.3 * jax.random.normal(jax.random.fold_in(key, len(str(path))), w.shape) if path[-1].key == "scale" else w
-        ),
-        params,
-    )
+    params = nn.unbox(jax.jit(lambda key: model.init(SlimMoE(config), key))(jax.random.key(1)))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    rng = np.random.default_rng(2)
+    noisy = [w + 0.3 * rng.standard_normal(w.shape, np.float32) if path[-1].key == "scale" else w for path, w in leaves]
+    return jax.tree.unflatten(tree, noisy)
 
 
 def our_logits(config, params):
