@@ -115,7 +115,9 @@ def test_rotated_products_depend_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, H))
 
     def product(m, n):
-        at = lambda x, position: attention.rotate(x, jnp.array([[position]]), 4, theta=100.0)
+        def at(x, position):
+            return attention.rotate(x, jnp.array([[position]]), 4, theta=100.0)
+
         return float(jnp.sum(at(q, m) * at(k, n)))
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
