@@ -229,7 +229,7 @@ def test_evaluation_batches_cover_the_split_once(prepared):
 
 def test_the_standard_library_is_a_source():
     unit = next(sources.open_source("stdlib:sources", "text").units())
-    assert len(unit.texts) > 300 and any("def " in text for text in unit.texts)
+    assert len(unit.rows) > 300 and any("def " in text for text in unit.rows)
 
 
 def test_real_corpus_opens(tmp_path):

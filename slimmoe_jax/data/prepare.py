@@ -11,13 +11,19 @@ number of workers or on interruptions.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -30,12 +36,12 @@ from slimmoe_jax import cli, config
 from slimmoe_jax.config import DataConfig, InputError
 from slimmoe_jax.data import records, tokenizers
 from slimmoe_jax.data import sources as sources_lib
-from slimmoe_jax.data.sources import Source, Unit
+from slimmoe_jax.data.sources import Interrupted, Source, Unit
 from slimmoe_jax.progress import Meter, short
 
 SPLITS = ("train", "validation")
 _EXAMPLES = 5  # bad rows that are named
-_TOKENIZER_TEXT = 32 * 2**20  # bytes of text that a tokenizer is trained on, from the source's start
+_TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained on, from the source's start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,7 @@ class _Job:
 
     data: DataConfig
     tokenizer: str  # for tokenizers.load
+    fingerprint: str  # of that tokenizer
     folder: Path
     dtype: str
 
@@ -61,26 +68,64 @@ def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, An
     settings = _settings(data, source)
     if (out / "manifest.json").exists():
         manifest = records.open_records(out).manifest
-        if manifest["settings"] != settings:
-            raise InputError(f"{out} holds records of another source or other settings: give another --out, or remove it")
+        if manifest.get("settings") != settings:
+            raise InputError(
+                f"{out} holds other records ({_difference(manifest.get('settings'), settings)}): give another --out, or remove it"
+            )
         return manifest
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and holds no records: give another --out, or remove it")
     folder = out.with_name(out.name + ".partial")
     resumed = folder.exists()
     try:
-        _start(folder, settings, resumed)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            try:
+                manifest = _prepare(data, source, settings, folder, workers or _cores())
+            except InputError as error:
+                worth_keeping = isinstance(error, Interrupted) and any(folder.glob("unit-??????.json"))
+                if not resumed and not worth_keeping:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            os.rename(folder, out)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}): see to the space and the permissions there") from error
+    return manifest
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second `prepare` out of the folder. The lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is preparing {folder}: wait for it, or give another --out") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _prepare(data: DataConfig, source: Source, settings: dict[str, Any], folder: Path, workers: int) -> dict[str, Any]:
+    """All of the work, in `folder`, from wherever an earlier run has left it."""
+    _start(folder, settings)
+    if not (folder / "manifest.json").exists():
         tokenizer = _tokenizer(data, source, folder)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        job = _Job(data, "gpt2" if tokenizer.path is None else str(tokenizer.path), folder, dtype)
-        seconds = _run_units(job, source, workers or os.cpu_count() or 1)
-        manifest = _finish(job, tokenizer, settings, seconds)
-    except InputError:
-        if not resumed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    os.rename(folder, out)
-    return manifest
+        spec = "gpt2" if tokenizer.path is None else str(tokenizer.path)
+        job = _Job(data, spec, tokenizer.fingerprint, folder, dtype)
+        _run_units(job, source, workers)
+        _write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
+    for path in [*folder.glob("unit-*"), *folder.glob("*.tmp"), folder / "settings.json"]:
+        path.unlink(missing_ok=True)
+    return json.loads((folder / "manifest.json").read_text())
 
 
 def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
@@ -98,14 +143,29 @@ def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
     }
 
 
-def _start(folder: Path, settings: dict[str, Any], resumed: bool) -> None:
-    path = folder / "settings.json"
-    if resumed:
-        if not path.exists() or json.loads(path.read_text()) != settings:
-            raise InputError(f"{folder} is left from other settings or another source: remove it to start over")
-        return
-    folder.mkdir(parents=True)
-    _write_json(path, settings)
+def _difference(old: Any, new: dict[str, Any]) -> str:
+    """The first setting that differs, in words."""
+    for name, value in new.items():
+        before = old.get(name) if isinstance(old, dict) else None
+        if before != value:
+            if name == "source_fingerprint":
+                return "the source has changed since"
+            return f"data.{name} = {before}, not {value}"
+    return "of another version of this program"
+
+
+def _start(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new folder; refuses one that was begun with others."""
+    for name in ("manifest.json", "settings.json"):
+        if (folder / name).exists():
+            kept = json.loads((folder / name).read_text())
+            kept = kept["settings"] if name == "manifest.json" else kept
+            if kept != settings:
+                raise InputError(f"{folder} was begun otherwise ({_difference(kept, settings)}): remove it to start over")
+            return
+    if any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise InputError(f"{folder} is in the way, and not a preparation that was broken off: remove it, or give another --out")
+    _write_json(folder / "settings.json", settings)
 
 
 def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tokenizer:
@@ -127,93 +187,116 @@ def _first_texts(data: DataConfig, source: Source) -> Iterator[str]:
     for unit in source.units():
         for _, text in sources_lib.documents(unit, data.text_field):
             if text:
-                yield text
+                yield text[:left]
                 left -= len(text)
-            if left < 0:
+            if left <= 0:
                 return
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
 
 
-def _run_units(job: _Job, source: Source, workers: int) -> float:
-    """Has every unit done that is not done yet. Returns the seconds it took."""
-    started = time.monotonic()
-    tokens = 0
-    with Meter("prepare", source.total_bytes) as meter:
-        for unit, summary in _done_units(job, source, workers):
+def _run_units(job: _Job, source: Source, workers: int) -> None:
+    """Has every unit done that is not done yet."""
+    started, tokens = time.monotonic(), 0
+    done = sum(summary["size"] for summary in _summaries(job.folder))
+    with Meter("prepare", source.total_bytes, done) as meter:
+        for summary in _work(job, source, workers):
+            done += summary["size"]
             tokens += sum(summary["tokens"].values())
             rate = tokens / max(time.monotonic() - started, 1e-9)
-            meter.update(unit.done, f"{short(tokens)} tokens, {short(rate)} tokens/s")
-    return time.monotonic() - started
+            meter.update(done, f"{short(tokens)} tokens, {short(rate)} tokens/s")
 
 
-def _done_units(job: _Job, source: Source, workers: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
+def _work(job: _Job, source: Source, workers: int) -> Iterator[dict[str, Any]]:
+    """The summaries of units as they get done, in any order."""
     todo = ((n, unit) for n, unit in enumerate(source.units()) if not _summary_path(job.folder, n).exists())
-    if workers == 1 or not source.total_bytes > sources_lib.UNIT_BYTES // 4 and source.local:
+    first = list(itertools.islice(todo, 2))
+    todo = itertools.chain(first, todo)
+    if workers == 1 or len(first) < 2:
         for number, unit in todo:
-            yield unit, _tokenize_unit(job, number, unit)
+            yield _tokenize_unit(job, number, unit)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running: dict[concurrent.futures.Future, Unit] = {}
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        running: set[concurrent.futures.Future] = set()
         try:
             for number, unit in todo:
-                running[pool.submit(_tokenize_unit, job, number, unit)] = unit
+                running.add(pool.submit(_tokenize_unit, job, number, unit))
                 if len(running) > workers:  # few units in flight keep memory flat
-                    yield from _collect(running, concurrent.futures.FIRST_COMPLETED)
-            yield from _collect(running, concurrent.futures.ALL_COMPLETED)
+                    done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in concurrent.futures.as_completed(running))
         except BrokenProcessPool as error:
-            raise InputError(
+            raise Interrupted(
                 f"a worker process died, for want of memory perhaps: run the same command again with fewer --workers than"
                 f" {workers}; it goes on from where it stopped"
             ) from error
 
 
-def _collect(running: dict[concurrent.futures.Future, Unit], when: str) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    for future in concurrent.futures.wait(running, return_when=when).done:
-        yield running.pop(future), future.result()
+def _start_worker() -> None:
+    """A worker ends with its parent, even one killed by SIGKILL, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _summary_path(folder: Path, number: int) -> Path:
     return folder / f"unit-{number:06}.json"
 
 
+def _summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summaries of the finished units, in order."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("unit-??????.json"))]
+
+
 @functools.cache
-def _loaded(spec: str) -> tokenizers.Tokenizer:
+def _loaded(spec: str, fingerprint: str) -> tokenizers.Tokenizer:
     return tokenizers.load(spec)
 
 
 def _tokenize_unit(job: _Job, number: int, unit: Unit) -> dict[str, Any]:
-    """Tokenizes one unit. Leaves its training records, its left-over and validation tokens, and last a summary."""
-    tokenizer, length = _loaded(job.tokenizer), job.data.context + 1
-    parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    """Tokenizes one unit. Leaves for each split its whole records and the tokens that remain, and last a summary."""
+    started = time.process_time()
+    tokenizer, length = _loaded(job.tokenizer, job.fingerprint), job.data.context + 1
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     summary: dict[str, Any] = {key: dict.fromkeys(SPLITS, 0) for key in ("documents", "tokens", "bytes")}
     skipped, examples = {"near_empty": 0, "invalid": 0}, []
     for row, text in sources_lib.documents(unit, job.data.text_field):
         if text is None or len(text.strip()) < job.data.min_characters:
             reason = "invalid" if text is None else "near_empty"
             skipped[reason] += 1
-            examples.append(f"{Path(unit.file).name} row {row}: {reason}")
+            if len(examples) < _EXAMPLES:
+                examples.append(f"{Path(unit.file).name} row {row}: {reason}")
             continue
         encoded = text.encode()
         split = "validation" if _is_held_out(encoded, job.data.validation_fraction) else "train"
         ids = np.array([*tokenizer.encode(text), tokenizer.end_token], job.dtype)
-        parts[split].append(ids)
+        tokens[split].append(ids)
         summary["documents"][split] += 1
         summary["tokens"][split] += len(ids)
         summary["bytes"][split] += len(encoded)
-    train, held_out = (np.concatenate([np.empty(0, job.dtype), *parts[split]]) for split in SPLITS)
-    whole = len(train) // length * length
-    summary |= {"records": whole // length, "sha256": None, "skipped": skipped, "examples": examples[:_EXAMPLES]}
-    if whole:
-        path = job.folder / f"train-{number:06}.npy"
-        _write_array(path, train[:whole].reshape(-1, length))
-        summary["sha256"] = records.sha256(path)
-    _write_array(job.folder / f"unit-{number:06}.train-rest.npy", train[whole:])
-    _write_array(job.folder / f"unit-{number:06}.validation.npy", held_out)
+    summary |= {"skipped": skipped, "examples": examples, "files": {}, "size": unit.size}
+    for split in SPLITS:
+        stream = np.concatenate([np.empty(0, job.dtype), *tokens.pop(split)])
+        rows = len(stream) // length
+        _write_array(_rest_path(job.folder, number, split), stream[rows * length :])
+        if rows:
+            path = job.folder / f"{split}-{number:06}.npy"
+            _write_array(path, stream[: rows * length].reshape(rows, length))
+            summary["files"][split] = _entry(path, rows)
+    summary["cpu_seconds"] = time.process_time() - started
     _write_json(_summary_path(job.folder, number), summary)
     return summary
+
+
+def _rest_path(folder: Path, number: int, split: str) -> Path:
+    return folder / f"unit-{number:06}.{split}.npy"
+
+
+def _entry(path: Path, rows: int) -> dict[str, Any]:
+    """A file of records as the manifest lists it."""
+    return {"file": path.name, "records": rows, "sha256": records.sha256(path)}
 
 
 def _is_held_out(text: bytes, fraction: float) -> bool:
@@ -237,65 +320,59 @@ def _write_json(path: Path, tree: Any) -> None:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def _finish(job: _Job, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Joins the units' left-overs into records, writes the manifest and removes what only the units needed."""
-    numbers = sorted(int(path.stem.removeprefix("unit-")) for path in job.folder.glob("unit-??????.json"))
-    summaries = [json.loads(_summary_path(job.folder, number).read_text()) for number in numbers]
-    files: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
-    for number, summary in zip(numbers, summaries, strict=True):
-        if summary["records"]:
-            entry = {"file": f"train-{number:06}.npy", "records": summary["records"], "sha256": summary["sha256"]}
-            files["train"].append(entry)
-    left_over = {}
-    for split, kind, name in (
-        ("train", "train-rest", "train-rest.npy"),
-        ("validation", "validation", "validation.npy"),
-    ):
-        pieces = [np.load(job.folder / f"unit-{number:06}.{kind}.npy") for number in numbers]
-        tokens = np.concatenate([np.empty(0, job.dtype), *pieces])
-        rows = len(tokens) // (job.data.context + 1)
-        left_over[split] = len(tokens) - rows * (job.data.context + 1)
-        if rows:
-            _write_array(job.folder / name, tokens[: len(tokens) - left_over[split]].reshape(rows, -1))
-            files[split].append({"file": name, "records": rows, "sha256": records.sha256(job.folder / name)})
+def _join(job: _Job, tokenizer: tokenizers.Tokenizer, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes records of what the units had left, and returns the manifest."""
+    summaries, length = _summaries(job.folder), job.data.context + 1
     splits = {}
     for split in SPLITS:
         sums = {key: sum(summary[key][split] for summary in summaries) for key in ("documents", "tokens", "bytes")}
-        count = sum(file["records"] for file in files[split])
-        splits[split] = sums | {"records": count, "leftover_tokens": left_over[split], "files": files[split]}
-    _check_not_empty(job.data, splits, summaries)
-    manifest = {
+        files = [summary["files"][split] for summary in summaries if split in summary["files"]]
+        rest = np.concatenate([np.empty(0, job.dtype), *(np.load(_rest_path(job.folder, n, split)) for n in range(len(summaries)))])
+        rows = len(rest) // length
+        if rows:
+            path = job.folder / f"{split}-rest.npy"
+            _write_array(path, rest[: rows * length].reshape(rows, length))
+            files.append(_entry(path, rows))
+        count = sum(file["records"] for file in files)
+        splits[split] = sums | {"records": count, "leftover_tokens": len(rest) - rows * length, "files": files}
+    examples = list(itertools.chain.from_iterable(summary["examples"] for summary in summaries))[:_EXAMPLES]
+    _check_not_empty(job.data, splits, examples)
+    return {
         "format": records.FORMAT,
         "source": job.data.source,
         "settings": settings,
         "context": job.data.context,
-        "record_length": job.data.context + 1,
+        "record_length": length,
+        "dtype": job.dtype,
         "tokenizer": tokenizers.describe(tokenizer),
         "splits": splits,
         "skipped": {key: sum(summary["skipped"][key] for summary in summaries) for key in ("near_empty", "invalid")},
-        "skipped_examples": [row for summary in summaries for row in summary["examples"]][:_EXAMPLES],
-        "seconds": round(seconds, 3),
+        "skipped_examples": examples,
+        "ignored_files": list(source.ignored),
+        "cpu_seconds": round(sum(summary["cpu_seconds"] for summary in summaries), 3),
     }
-    for path in [*job.folder.glob("unit-*"), job.folder / "settings.json"]:
-        path.unlink()
-    _write_json(job.folder / "manifest.json", manifest)
-    return manifest
 
 
-def _check_not_empty(data: DataConfig, splits: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
+def _check_not_empty(data: DataConfig, splits: dict[str, Any], examples: list[str]) -> None:
     if not splits["train"]["documents"] + splits["validation"]["documents"]:
-        bad = [row for summary in summaries for row in summary["examples"]][:3]
         raise InputError(
             f"data.source = {data.source} holds no document of at least {data.min_characters} characters under"
-            f" {data.text_field!r} ({'; '.join(bad) or 'it is empty'}): check data.source and data.text_field"
+            f" {data.text_field!r} ({'; '.join(examples[:3]) or 'it is empty'}): check data.source and data.text_field"
         )
     for split in SPLITS:
         if not splits[split]["records"]:
-            direction = "raise" if split == "validation" else "lower"
+            mend = _larger_fraction(data, splits) if split == "validation" else "lower data.validation_fraction"
             raise InputError(
                 f"the {split} split has {splits[split]['tokens']} tokens, less than one record of {data.context + 1}:"
-                f" {direction} data.validation_fraction, lower data.context, or give more text"
+                f" {mend}, lower data.context, or give more text"
             )
+
+
+def _larger_fraction(data: DataConfig, splits: dict[str, Any]) -> str:
+    """Advice: a fraction that can be expected to hold out some five documents and five records."""
+    tokens, documents = (sum(splits[split][key] for split in SPLITS) for key in ("tokens", "documents"))
+    needed = max(5 * (data.context + 1) / tokens, 5 / documents, 2 * data.validation_fraction)
+    return "raise data.validation_fraction" + (f" to {needed:.2g} or so" if needed < 0.5 else "")
 
 
 def summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
@@ -308,10 +385,14 @@ def summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
             f" {manifest['record_length']}, {split['bytes'] / split['tokens']:.2f} bytes a token,"
             f" {split['leftover_tokens']} tokens left over"
         )
-    skipped = manifest["skipped"]
+    skipped, ignored = manifest["skipped"], manifest["ignored_files"]
     if any(skipped.values()):
         examples = "; ".join(manifest["skipped_examples"])
         lines.append(f"left out: {skipped['near_empty']} near-empty and {skipped['invalid']} invalid rows ({examples})")
+    if ignored:
+        lines.append(f"ignored: {len(ignored)} files of other kinds ({', '.join(ignored[:_EXAMPLES])})")
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    lines.append(f"speed: {short(tokens / max(manifest['cpu_seconds'], 1e-9))} tokens/s a core")
     lines.append(f"records: {out}")
     return lines
 
@@ -319,7 +400,7 @@ def summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
 _SHORT_FLAGS = {"--source": "--data.source", "--out": "--data.records", "--train-tokenizer": "--data.train-tokenizer"}
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     workers = 0
     if "--workers" in argv:
@@ -337,8 +418,18 @@ def main(argv: Sequence[str]) -> None:
         " --out, --train-tokenizer; --workers N sets the processes (0: one a core).",
     )
     out = config.records_dir(whole.data)
-    manifest = prepare(whole.data, out, workers)
+    if (out / "manifest.json").exists():
+        print(f"{out} is prepared already", file=sys.stderr)
+    try:
+        manifest = prepare(whole.data, out, workers)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from there", file=sys.stderr)
+        return 128 + signal.SIGINT
     print("\n".join(summary_lines(manifest, out)))
+    vocabulary = manifest["tokenizer"]["vocab_size"]
+    if vocabulary != whole.model.vocab_size:
+        print(f"note: train on these records with --model.vocab-size {vocabulary} (it is {whole.model.vocab_size} in the config)")
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,23 +2,25 @@
 
 A folder of records holds `manifest.json` and, for each split, files `.npy` of shape [records, context + 1],
 memory-mapped when read. The manifest says what they are made of, with sha256 sums. Grain decides the order: it
-shuffles record numbers by seed and epoch, and its iterator's state is one number that goes into the checkpoint.
+shuffles record numbers by seed and epoch, and the state of the iterator is one number that goes into the checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.data import tokenizers
+
+if TYPE_CHECKING:
+    import grain
 
 FORMAT = 1
 _EPOCHS = 1_000_000  # endless, within what Grain can count
@@ -61,9 +63,14 @@ class Records:
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self.directory, self.manifest = directory, manifest
         self.context: int = manifest["context"]
+        if manifest["record_length"] != self.context + 1:
+            raise ValueError(f"record_length {manifest['record_length']} with context {self.context}")
         self.end_token: int = manifest["tokenizer"]["end_token"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self._splits = {name: Split(directory, entry, manifest["record_length"]) for name, entry in manifest["splits"].items()}
+        for name in ("train", "validation"):
+            if not len(self._splits[name]):
+                raise ValueError(f"no {name} records")
 
     def split(self, name: str) -> Split:
         """`train` or `validation`."""
@@ -71,7 +78,13 @@ class Records:
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer that made the records, its fingerprint checked."""
-        return tokenizers.saved(self.directory)
+        tokenizer, recorded = tokenizers.saved(self.directory), self.manifest["tokenizer"]["fingerprint"]
+        if tokenizer.fingerprint != recorded:
+            raise InputError(
+                f"the tokenizer in {self.directory} (sha256 {tokenizer.fingerprint[:12]}) is not the one that made the records"
+                f" ({recorded[:12]}): restore it, or prepare the records anew"
+            )
+        return tokenizer
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's sha256 sums.
@@ -128,9 +141,7 @@ def check_same_tokenizer(records: Records, run: str | Path) -> None:
         )
 
 
-def batches(
-    split: Split, batch_size: int, *, seed: int, workers: int = 0, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
+def batches(split: Split, batch_size: int, *, seed: int, workers: int = 0, process: int = 0, processes: int = 1) -> Batches:
     """Endless shuffled batches, each epoch in a new order, with this process's share of the rows.
 
     Record numbers are batched before anything is read, and each batch is then one gather from the files. So the global batches
@@ -139,23 +150,71 @@ def batches(
     Args:
       batch_size: rows of the global batch; `processes` divides it.
       workers: reading processes; 0 reads in threads.
-    Returns: an iterator of {"tokens": [batch_size / processes, context + 1] int32, "records": their numbers, int64}, whose
-      `get_state` and `set_state` carry JSON.
+    Returns: an iterator of {"tokens": [batch_size / processes, context + 1] int32, "records": their numbers, int64}.
+    Raises:
+      InputError: the batch does not divide.
     """
+    import grain  # which imports JAX: not needed to prepare records
+
     share = batch_size // processes
+    if share * processes != batch_size:
+        raise InputError(f"data.batch_size = {batch_size} does not divide among {processes} processes: choose a multiple")
     mine = slice(process * share, (process + 1) * share)
 
     def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
         return {"tokens": split.read(numbers[mine]), "records": numbers[mine].astype(np.int64)}
 
     dataset = grain.MapDataset.range(len(split)).shuffle(seed=seed).repeat(_EPOCHS).batch(batch_size).map(read)
-    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    iterable = dataset.to_iter_dataset(threads)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which only absl's own programs parse
-            flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4))
-    return iter(iterable)
+    return Batches(dataset, workers)
+
+
+class Batches:
+    """An iterator over a Grain dataset, in threads or worker processes.
+
+    Its state is Grain's for threads, the number of the next batch, whatever reads them: a run may be resumed with another number
+    of workers, whose own states Grain could not carry over.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, workers: int):
+        self._dataset, self._workers, self._next = dataset, workers, 0
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._start()
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """What `set_state` takes; JSON can hold it."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on as the iterator that gave `state` would."""
+        self.close()
+        self._next = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends the readers; the next batch starts others."""
+        if self._iterator is not None:
+            self._finalizer()
+            self._iterator = None
+
+    def _start(self) -> None:
+        import grain
+        from absl import flags
+
+        rest = self._dataset[self._next :].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which only absl's own programs parse
+                flags.FLAGS.mark_as_parsed()
+            rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=4))
+        self._iterator = iter(rest)
+        self._finalizer = weakref.finalize(self, self._iterator.close)  # before the interpreter takes the workers' queues apart
 
 
 def evaluation_batches(
@@ -168,6 +227,8 @@ def evaluation_batches(
     Returns: batches of {"tokens": [batch_size / processes, context + 1] int32, "weight": [batch_size / processes] float32}.
     """
     share = batch_size // processes
+    if share * processes != batch_size:
+        raise InputError(f"a batch of {batch_size} does not divide among {processes} processes: choose a multiple")
     total = -(-len(split) // batch_size)
     for batch in range(min(total, most) if most else total):
         numbers = batch * batch_size + process * share + np.arange(share)

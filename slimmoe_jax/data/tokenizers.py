@@ -192,7 +192,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
         )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip(" .")
-        if "sentences_.empty" in reason:
+        if "sentences_.empty" in str(error):
             reason = "there is no text"
         if not failures:
             raise InputError(
