@@ -1,6 +1,6 @@
 """Speed and memory of the data pipeline alone: tokenizing, reading records, and preparing inputs of growing size.
 
-    python benchmarks/data.py [--source SOURCE] [--megabytes 32]
+    python benchmarks/data.py [--source SOURCE] [--megabytes 128]
 
 The text is the standard library's unless a source is given, so that it runs anywhere. Takes some two minutes on two cores.
 """
@@ -96,7 +96,7 @@ def preparing(texts: list[str], megabytes: int, folder: Path, workers: int) -> t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="stdlib:sources", help="as data.source (default: %(default)s)")
-    parser.add_argument("--megabytes", type=int, default=32, help="smallest input to prepare; then 2 and 4 times that")
+    parser.add_argument("--megabytes", type=int, default=128, help="smallest input to prepare; then 2 and 4 times that")
     args = parser.parse_args()
     texts = documents(args.source, 16_000_000)
     print(machine())
