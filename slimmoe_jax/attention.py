@@ -9,6 +9,7 @@ of each head; R = H is RoPE, R = 0 is NoPE (Kazemnejad et al., arXiv 2305.19466)
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -139,7 +140,10 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cached[0], k.astype(cached[0].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cached[1], v.astype(cached[1].dtype), start, axis=1)
         # K and V are not repeated: both kernels take N query heads over K key/value heads as they are.
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=cached is None, implementation=kernel)
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=cached is None, implementation=kernel)
+        if kernel == "xla":
+            attend = jax.checkpoint(attend)  # as a flash kernel does: no layer keeps its [B, N, S, S] for the backward pass
+        y = attend(q, k, v, mask=mask)
         return jnp.einsum("BSNH,NHD->BSD", y, out), (k, v)
 
     def _weight(self, name: str, init: nn.initializers.Initializer, shape: tuple, axes: tuple) -> jax.Array:

@@ -52,12 +52,7 @@ class ModelConfig:
     heads: int = 12  # query heads N
     head_dim: int = 64  # H
     kv_heads: tuple[int, ...] = (4, 4, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4)  # by layer, repeated to fill
-    rotary: tuple[float, ...] = (
-        1.0,
-        1.0,
-        1.0,
-        0.0,
-    )  # rotated fraction of head_dim by layer, repeated to fill; 0 is NoPE
+    rotary: tuple[float, ...] = (1.0, 1.0, 1.0, 0.0)  # rotated share of head_dim by layer, repeated to fill; 0 is NoPE
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     qk_norm: bool = False  # RMSNorm on each query and key head
     experts: int = 4  # E; 1 is a dense feed-forward layer without a router (then router.max_experts is 1 too)

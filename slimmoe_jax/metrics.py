@@ -91,8 +91,8 @@ def memory_estimate(config: TrainConfig, devices: int = 1) -> dict[str, float]:
     slots = min(model.experts, model.capacity_factor * model.router.max_experts) if model.is_moe else 1
     hidden = (3 if model.gated else 2) * model.expert_hidden  # before and after the activation
     layer = 6 * d + 3 * heads + kv + slots * (2 * d + hidden)
-    if not (config.precision == "bfloat16" and model.attention != "xla"):
-        layer += 2 * model.heads * config.data.context * (4 / item)  # scores and probabilities, which XLA keeps
+    flash = config.precision == "bfloat16" and model.attention != "xla"
+    scores = 0 if flash else 3 * 4 * tokens * model.heads * config.data.context  # of one layer, and their gradients
     layers = 1 + model.layers * d / layer if config.remat else model.layers
     tile = min(tokens, 8_192) * model.vocab_size * 4 * 2
     return {
@@ -100,6 +100,7 @@ def memory_estimate(config: TrainConfig, devices: int = 1) -> dict[str, float]:
         "gradients": 4 * parameters / shards,
         "Adam moments": 8 * parameters / shards,
         "activations": tokens * layer * layers * item,
+        "attention scores of a layer": scores,
         "logits of a tile": tile + 2 * 4 * model.vocab_size * d,
     }
 
