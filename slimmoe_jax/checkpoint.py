@@ -39,6 +39,8 @@ class Checkpoints:
                 create=config is not None,
                 cleanup_tmp_directories=config is not None,
                 preservation_policy=_policy(config) if config else None,
+                best_fn=_validation_loss,  # without it no metrics are written
+                best_mode="min",
             ),
         )
 
@@ -51,7 +53,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the lowest validation loss among those kept; None where no loss was recorded."""
         losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        losses = {step: metrics["validation_loss"] for step, metrics in losses.items() if metrics}
+        losses = {step: _validation_loss(metrics) for step, metrics in losses.items() if metrics}
         return min(losses, key=losses.get, default=None)
 
     def save(self, step: int, state: TrainState, data: dict, config: TrainConfig, validation_loss: float | None = None) -> None:
@@ -121,16 +123,15 @@ class Checkpoints:
             raise InputError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
 
 
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]
+
+
 def _policy(config: TrainConfig) -> policies.PreservationPolicy:
     newest = policies.LatestN(config.checkpoint.keep_last)
     if not config.checkpoint.keep_best:
         return newest
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["validation_loss"],
-        reverse=True,
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
+    best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     return policies.AnyPreservationPolicy([newest, best])
 
 
@@ -146,22 +147,24 @@ class Run:
 
 
 def load_run(path: str | Path, mesh: Mesh) -> Run:
-    """The newest weights of a run, or those of a given step.
+    """The newest weights of a run, those of a given step, or those of the lowest validation loss.
 
     Args:
-      path: the run's folder RUN, or RUN/STEP, or RUN/checkpoints/STEP.
+      path: the run's folder RUN, or RUN/STEP, or RUN/checkpoints/STEP, or RUN/best.
     Raises:
       InputError: not a run, no such step, or a damaged checkpoint.
     """
-    directory, step = Path(path), None
-    if directory.name.isdigit() and not (directory / "checkpoints").is_dir():
-        directory, step = directory.parent, int(directory.name)
+    directory, wanted = Path(path), ""
+    if (directory.name.isdigit() or directory.name == "best") and not (directory / "checkpoints").is_dir():
+        directory, wanted = directory.parent, directory.name
         directory = directory.parent if directory.name == "checkpoints" else directory
     if not (directory / "checkpoints").is_dir():
         raise InputError(f"{path} holds no run (there is no folder checkpoints): give the --workdir of a training run")
     checkpoints = Checkpoints(directory)
     try:
-        step = checkpoints.latest if step is None else step
+        if wanted == "best" and checkpoints.best is None:
+            raise InputError(f"{directory} has no best checkpoint (none was saved with a validation loss): give {directory}/STEP")
+        step = checkpoints.best if wanted == "best" else int(wanted) if wanted else checkpoints.latest
         config = checkpoints.config(step)
         params, router = checkpoints.restore_weights(config, mesh, step)
         return Run(directory, step, config, params, router)

@@ -154,7 +154,7 @@ class TrainConfig:
     seed: int = 0  # of initialisation, shuffling and dropout
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are always float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    init_from: str = ""  # run folder whose newest weights start this one
+    init_from: str = ""  # run whose weights start this one: RUN (newest), RUN/STEP or RUN/best
     log_every: int = 10  # steps between lines of metrics.jsonl
     compilation_cache: str = "~/.cache/slimmoe_jax/xla"  # folder of compiled programs; empty: none
     model: ModelConfig = ModelConfig()

@@ -56,7 +56,7 @@ def held_out(
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
-    checkpoint: str = ""  # folder of a run, or RUN/STEP
+    checkpoint: str = ""  # folder of a run (its newest weights), RUN/STEP or RUN/best
     records: str = ""  # folder of prepared records; empty: those of the run
     batches: int = 0  # batches of validation records; 0: all
     batch_size: int = 8  # sequences at a time

@@ -95,7 +95,7 @@ def sample_text(
 
 @dataclasses.dataclass(frozen=True)
 class GenerateArgs:
-    checkpoint: str = ""  # folder of a run, or RUN/STEP
+    checkpoint: str = ""  # folder of a run (its newest weights), RUN/STEP or RUN/best
     prompt: str = "The"  # text to continue
     tokens: int = 100  # new tokens
     temperature: float = 0.8  # 0: greedy

@@ -75,6 +75,10 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
     # --- data ---
     records = open_or_prepare(config)
+    if initial is not None:
+        records_lib.check_same_tokenizer(records, initial.directory)
+    if _holds_run(workdir):
+        records_lib.check_same_tokenizer(records, workdir)
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     batches = records_lib.batches(
         records.split("train"), config.data.batch_size, seed=config.seed, workers=config.data.workers, **processes
@@ -116,12 +120,12 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
         batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
         for number in range(start + 1, config.steps + 1):
             data_state = batches.get_state()
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"):  # nothing moves but what is asked for: batches in, metrics out
                 train_state, step_metrics = train_step(train_state, batch)
-            if number < config.steps:
-                batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
-            if pending:
-                log.step(*pending)
+                if number < config.steps:
+                    batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
+                if pending:
+                    log.step(*pending)
             pending = (number, step_metrics)
             last = number == config.steps or signals.received is not None
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
@@ -179,11 +183,15 @@ def open_or_prepare(config: TrainConfig) -> records_lib.Records:
     return records_lib.open_records(directory, config.data.context, config.model)
 
 
+def _holds_run(workdir: Path) -> bool:
+    return (workdir / "config.json").exists() and (workdir / "checkpoints").is_dir()
+
+
 def _check_resumable(config: TrainConfig, workdir: Path) -> None:
     """Refuses a folder with a run that this config would not continue exactly."""
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir} is a file: give a folder")
-    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").is_dir():
+    if not _holds_run(workdir):
         return
     differing = config_lib.differences(config_lib.load(workdir), config)
     differing.pop("init_from", None)  # it has done its work

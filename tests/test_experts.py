@@ -21,9 +21,7 @@ ROUTERS = {
 
 
 def make_config(router, capacity_factor=8.0, gated=False):
-    return ModelConfig(
-        width=D, experts=E, expert_hidden=F, gated=gated, capacity_factor=capacity_factor, router=ROUTERS[router]
-    )
+    return ModelConfig(width=D, experts=E, expert_hidden=F, gated=gated, capacity_factor=capacity_factor, router=ROUTERS[router])
 
 
 def make_inputs(gated, length=12, batch=2, seed=0):

@@ -1,6 +1,7 @@
 """The model as a whole: its size, dispatch, cached decoding, causality, dropout and loss."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -29,8 +30,11 @@ def params():
     return nn.unbox(model.init(model.SlimMoE(CONFIG), jax.random.key(0)))
 
 
-def run(params, config, tokens=TOKENS, **keywords):
-    return model.SlimMoE(config).apply({"params": params}, tokens, routing.RouterState.initial(config), **keywords)
+@functools.partial(jax.jit, static_argnames=("config", "train"))
+def run(params, config, tokens=TOKENS, train=False, dropout=None, **keywords):
+    rngs = None if dropout is None else {"dropout": dropout}
+    state = routing.RouterState.initial(config)
+    return model.SlimMoE(config).apply({"params": params}, tokens, state, train=train, rngs=rngs, **keywords)
 
 
 def test_the_card_model_has_250_284_288_parameters():
@@ -70,10 +74,9 @@ def test_capacity_drops_later_tokens_counts_them_and_evaluation_drops_none(param
 def test_token_by_token_decoding_equals_the_full_forward(params, router):
     config = dataclasses.replace(CONFIG, router=router)
     cache = KVCache.empty(config, 3, 24)
-    step = jax.jit(lambda tokens, cache: run(params, config, tokens, cache=cache))
     logits = []
     for t in range(24):
-        out = step(TOKENS[:, t : t + 1], cache)
+        out = run(params, config, TOKENS[:, t : t + 1], cache=cache)
         cache = out.cache
         logits.append(out.logits())
     np.testing.assert_allclose(jnp.concatenate(logits, 1), run(params, config).logits(), atol=1e-4)
@@ -108,7 +111,7 @@ def test_packed_segments_equal_the_documents_alone(params):
 
 def test_dropout_follows_its_key_and_is_off_in_evaluation(params):
     config = dataclasses.replace(CONFIG, dropout=0.3)
-    keyed = [run(params, config, train=True, rngs={"dropout": jax.random.key(k)}).hidden for k in (1, 1, 2)]
+    keyed = [run(params, config, train=True, dropout=jax.random.key(k)).hidden for k in (1, 1, 2)]
     np.testing.assert_array_equal(keyed[0], keyed[1])
     assert jnp.abs(keyed[0] - keyed[2]).max() > 0.1
     np.testing.assert_array_equal(run(params, config).hidden, run(params, CONFIG).hidden)

@@ -110,9 +110,7 @@ def test_statistics_equal_loops(name):
 def test_statistics_of_halves_add_up():
     """Micro-batches and devices sum to the global batch; the largest logit is a maximum."""
     config, logits = CONFIGS["top_p"], random_logits((4, 8, E))
-    whole, first, second = (
-        jit_route(part, config, THRESHOLD, NO_BIAS).stats for part in (logits, logits[:2], logits[2:])
-    )
+    whole, first, second = (jit_route(part, config, THRESHOLD, NO_BIAS).stats for part in (logits, logits[:2], logits[2:]))
     assert float(first.logit_max) != float(second.logit_max)
     total = jax.jit(RoutingStats.__add__)(first, second)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), total, whole)

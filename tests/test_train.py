@@ -98,6 +98,17 @@ def test_resume_is_bitwise(folder, reference):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
+def test_resume_is_bitwise_with_accumulation_on_several_devices(folder, reference):
+    flags = ("--optim.accumulate", "2", "--mesh.fsdp", "2", "--mesh.expert", "2")
+    train(folder, "--workdir", "whole-split", *flags, devices=4)
+    train(folder, "--workdir", "cut-split", "--steps", "3", *flags, devices=4)
+    train(folder, "--workdir", "cut-split", *flags, devices=4)
+    assert losses(folder, "cut-split") == losses(folder, "whole-split")
+    for a, b in zip(weights(folder, "cut-split"), weights(folder, "whole-split"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_sigterm_saves_and_the_run_goes_on_exactly(folder, reference):
     process = subprocess.Popen(command("--workdir", "stopped"), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     path = folder / "stopped" / "metrics.jsonl"
@@ -154,6 +165,16 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, reference, flags, mess
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_another_tokenizer_is_refused_though_its_size_fits(folder, reference):
+    text = "\n".join(json.dumps({"text": f"{n} other words entirely {n * n} " * 9}) for n in range(120))
+    (folder / "other.jsonl").write_text(text)
+    common = ["--data.source", "other.jsonl", "--data.records", "other"]
+    train(folder, "--workdir", "other-run", "--steps", "3", *common)
+    for flags in (["--workdir", "whole", "--steps", "9", "--data.records", "other"], ["--init-from", "whole", *common]):
+        done = subprocess.run(command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2 and "made with another tokenizer" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_damaged_checkpoint_is_named(folder, reference):

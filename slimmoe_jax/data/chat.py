@@ -1,0 +1,96 @@
+"""Conversations as tokens: Zephyr's tags as plain text, every turn closed by the end token.
+
+    <|system|>
+    You are brief.<end>
+    <|user|>
+    What is 2 + 2?<end>
+    <|assistant|>
+    4<end>
+
+This is the one place where the format is written down: training records and prompts both come from here, piece by piece, so that
+a prompt is, token by token, the start of the text that the model was trained on. Contents are encoded as text: whatever they
+spell, they hold no end token, and so no turn can be forged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from slimmoe_jax.data.tokenizers import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str
+
+
+class Encoded(NamedTuple):
+    """A training example: its tokens, which of them are to be predicted, and the bytes of text that those spell."""
+
+    tokens: list[int]
+    targets: list[bool]  # never the first
+    target_bytes: int
+    cut: bool = False  # whether it lost turns to the limit
+
+
+def turns_of(messages: object) -> list[Turn]:
+    """Checks messages, a list of {"role", "content"}, and strips the contents of white space around them.
+
+    Empty system turns are left out, as they say nothing.
+
+    Raises:
+      ValueError: says what is wrong with them.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise ValueError("not a list of messages")
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError("a message without text under content")
+        role, content = message.get("role"), message["content"].strip()
+        if role not in ROLES:
+            raise ValueError(f"a message of role {role!r}, not {', '.join(ROLES)}")
+        if not content and role != "system":
+            raise ValueError(f"an empty {role} message")
+        if content:
+            turns.append(Turn(role, content))
+    return turns
+
+
+def header(role: str, first: bool) -> str:
+    """What stands before a turn's content."""
+    return ("" if first else "\n") + f"<|{role}|>\n"
+
+
+def encode(turns: Sequence[Turn], tokenizer: Tokenizer, limit: int) -> Encoded | None:
+    """A conversation as a training example of at most `limit` tokens, to be predicted in the assistant's contents and their ends.
+
+    A conversation that is too long ends with the last assistant's turn that fits, and what follows its last assistant's turn is
+    left out in any case: there is nothing to learn there. None where no assistant's turn fits.
+    """
+    tokens: list[int] = []
+    targets: list[bool] = []
+    target_bytes, kept, kept_bytes = 0, 0, 0
+    cut = False
+    for n, turn in enumerate(turns):
+        start, content = tokenizer.encode(header(turn.role, n == 0)), [*tokenizer.encode(turn.content), tokenizer.end_token]
+        if len(tokens) + len(start) + len(content) > limit:
+            cut = True
+            break
+        tokens += start + content
+        targets += [False] * len(start) + [turn.role == "assistant"] * len(content)
+        if turn.role == "assistant":
+            target_bytes += len(turn.content.encode())
+            kept, kept_bytes = len(tokens), target_bytes
+    return Encoded(tokens[:kept], targets[:kept], kept_bytes, cut) if kept else None
+
+
+def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
+    """The tokens after which the assistant's next turn begins."""
+    tokens: list[int] = []
+    for n, turn in enumerate(turns):
+        tokens += tokenizer.encode(header(turn.role, n == 0)) + tokenizer.encode(turn.content) + [tokenizer.end_token]
+    return tokens + tokenizer.encode(header("assistant", not turns))
