@@ -154,10 +154,7 @@ def load_run(path: str | Path, mesh: Mesh) -> Run:
     Raises:
       InputError: not a run, no such step, or a damaged checkpoint.
     """
-    directory, wanted = Path(path), ""
-    if (directory.name.isdigit() or directory.name == "best") and not (directory / "checkpoints").is_dir():
-        directory, wanted = directory.parent, directory.name
-        directory = directory.parent if directory.name == "checkpoints" else directory
+    directory, wanted = config_lib.split_run_path(path)
     if not (directory / "checkpoints").is_dir():
         raise InputError(f"{path} holds no run (there is no folder checkpoints): give the --workdir of a training run")
     checkpoints = Checkpoints(directory)

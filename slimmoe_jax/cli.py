@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from slimmoe_jax import config as config_lib
+from slimmoe_jax import validation
 from slimmoe_jax.config import InputError, TrainConfig
 
 
@@ -76,6 +77,6 @@ def train_config(argv: Sequence[str], *, prog: str, description: str) -> TrainCo
     if not base.optim.schedule_steps:
         base = config_lib.override(base, {"optim.schedule_steps": base.steps})
     description += " Start from --config FILE; each flag below overrides one field of it."
-    config = parse(TrainConfig, overrides, prog=prog, description=description, default=base)
-    config_lib.validate(config)
+    config = config_lib.inherit(parse(TrainConfig, overrides, prog=prog, description=description, default=base))
+    validation.validate(config)
     return config

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, their validation, and how they are read from Python files and JSON.
+"""Configuration: frozen dataclasses, and how they are read from Python files and JSON. `validation` checks their values.
 
 A config file is Python with one function, `get_config() -> TrainConfig`. The same tree of dataclasses is written to
 `config.json` in each run's folder, and that file is accepted wherever a Python config is. Nothing here imports JAX, so
@@ -87,9 +87,13 @@ class DataConfig:
     """Text in, fixed-length records of tokens out."""
 
     source: str = "stdlib"  # hub:NAME[:SUBSET], a directory, a .parquet/.jsonl[.gz|.zst]/.txt file, stdlib[:sources]
+    split: str = ""  # of the hub's dataset (empty: train); of a directory only the files SPLIT-*, where there are such
+    format: Literal["text", "chat", "multiple_choice"] = "text"  # what a row holds; chat and questions are packed
+    text_field: str = ""  # column or key of the text or messages; empty: text, or messages for chat
+    choice_style: Literal["cloze", "letters"] = "cloze"  # multiple choice asks for the answer's text, or for its letter
+    mix: tuple[str, ...] = ()  # further sources, WEIGHT:[FORMAT:]SOURCE; the weight is in records, beside 1 for `source`
     records: str = ""  # folder of prepared records; empty: data/NAME-HASH below the current directory
-    text_field: str = "text"  # column or key that holds a document
-    tokenizer: str = "gpt2"  # gpt2, the path of a SentencePiece .model, or sentencepiece (with train_tokenizer)
+    tokenizer: str = "gpt2"  # gpt2, a SentencePiece .model, sentencepiece (with train_tokenizer), inherit (of init_from)
     train_tokenizer: int = 0  # train a SentencePiece vocabulary of this many pieces on the source; 0: use `tokenizer`
     context: int = 2_048  # tokens a sequence
     batch_size: int = 32  # sequences a step, over all devices and accumulation
@@ -97,6 +101,13 @@ class DataConfig:
     min_characters: int = 8  # shorter documents are left out and counted
     document_mask: bool = False  # attention and positions restart at each document
     workers: int = 0  # processes that read records; 0 reads in threads
+
+    @property
+    def field(self) -> str | None:
+        """The column or key that is read; None where a row is used whole."""
+        if self.format == "multiple_choice":
+            return None
+        return self.text_field or {"text": "text", "chat": "messages"}[self.format]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,158 +178,6 @@ class TrainConfig:
 
 def _fill(pattern: tuple, layers: int) -> tuple:
     return (pattern * math.ceil(layers / len(pattern)))[:layers]
-
-
-# --- validation ------------------------------------------------------------------------------------------------------
-
-
-def validate(config: TrainConfig) -> None:
-    """Raises InputError, naming the field, where a value cannot work."""
-    _validate_model(config.model)
-    _validate_router(config.model)
-    _validate_data(config.data)
-    _validate_optim(config)
-    _positive(config, "steps", "log_every", "checkpoint.every", "checkpoint.keep_last")
-    _at_least_zero(config, "eval.every", "eval.batches", "eval.sample_tokens", "eval.temperature")
-    for axis in ("data", "fsdp", "expert"):
-        size = getattr(config.mesh, axis)
-        if size < 1 and not (axis == "data" and size == -1):
-            raise InputError(f"mesh.{axis} = {size}: give a number of devices, at least 1 (data may be -1: the rest)")
-    if config.model.experts % config.mesh.expert:
-        raise InputError(
-            f"mesh.expert = {config.mesh.expert} does not divide model.experts = {config.model.experts}: choose a divisor"
-        )
-
-
-def _validate_model(model: ModelConfig) -> None:
-    _positive(
-        model,
-        *("vocab_size", "layers", "width", "heads", "head_dim", "experts", "expert_hidden"),
-        *("rope_theta", "norm_epsilon", "init_std", "capacity_factor"),
-        prefix="model.",
-    )
-    for name in ("kv_heads", "rotary"):
-        pattern = getattr(model, name)
-        if not pattern or model.layers % len(pattern):
-            raise InputError(
-                f"model.{name} has {len(pattern)} entries, which do not repeat evenly over model.layers = {model.layers}:"
-                f" give 1, {model.layers}, or a divisor of it"
-            )
-    for layer, kv_heads in enumerate(model.layer_kv_heads):
-        if kv_heads < 1 or model.heads % kv_heads:
-            raise InputError(
-                f"model.kv_heads = {kv_heads} in layer {layer} does not divide model.heads = {model.heads}: choose from"
-                f" {[k for k in range(1, model.heads + 1) if model.heads % k == 0]}"
-            )
-    for layer, fraction in enumerate(model.layer_rotary):
-        if not 0 <= fraction <= 1:
-            raise InputError(f"model.rotary = {fraction} in layer {layer}: give a fraction from 0 (NoPE) to 1 (RoPE)")
-    if model.head_dim % 2 and any(model.layer_rotary):
-        raise InputError(f"model.head_dim = {model.head_dim} is odd: rotary positions need an even one")
-    if not 0 <= model.dropout < 1:
-        raise InputError(f"model.dropout = {model.dropout}: give a probability below 1")
-
-
-def _validate_router(model: ModelConfig) -> None:
-    router = model.router
-    _positive(router, "max_experts", "l1_initial", prefix="model.router.")
-    _at_least_zero(
-        router,
-        *("target_experts", "proportional_gain", "integral_gain", "balance_weight", "bias_rate", "z_weight"),
-        prefix="model.router.",
-    )
-    if router.max_experts > model.experts:
-        raise InputError(
-            f"model.router.max_experts = {router.max_experts} is more than model.experts = {model.experts}:"
-            " lower the one or raise the other"
-        )
-    if not model.is_moe:
-        return
-    if router.kind != "top_k" and router.target_experts > router.max_experts:
-        raise InputError(
-            f"model.router.target_experts = {router.target_experts} is more than model.router.max_experts ="
-            f" {router.max_experts}: a mean cannot exceed the maximum"
-        )
-    if router.kind == "top_p" and 0 < router.target_experts < 1:
-        raise InputError(
-            f"model.router.target_experts = {router.target_experts}: top_p gives each token at least one expert;"
-            " give 1 or more, or 0 for no control"
-        )
-    if not 0 < router.threshold <= 1:
-        raise InputError(f"model.router.threshold = {router.threshold}: give a probability above 0, at most 1")
-    if router.l1_factor < 1:
-        raise InputError(f"model.router.l1_factor = {router.l1_factor}: give a factor of at least 1")
-    if router.kind == "relu" and router.balance == "bias":
-        raise InputError("model.router.balance = bias selects by score, which relu does not: choose aux, aux_micro or none")
-    if router.renormalize and router.max_experts == 1:
-        raise InputError(
-            "model.router.renormalize with model.router.max_experts = 1 makes every gate 1, and the router learns nothing:"
-            " turn one of them off"
-        )
-
-
-def _validate_data(data: DataConfig) -> None:
-    _positive(data, "context", "batch_size", prefix="data.")
-    _at_least_zero(data, "train_tokenizer", "min_characters", "workers", prefix="data.")
-    if not 0 < data.validation_fraction < 1:
-        raise InputError(f"data.validation_fraction = {data.validation_fraction}: give a fraction between 0 and 1, such as 0.005")
-    if data.tokenizer == "sentencepiece" and not data.train_tokenizer:
-        raise InputError(
-            "data.tokenizer = sentencepiece needs data.train_tokenizer (a number of pieces), or the path of a .model file"
-        )
-    if data.train_tokenizer and data.tokenizer != "sentencepiece":
-        raise InputError(
-            f"data.train_tokenizer = {data.train_tokenizer} trains a new vocabulary, but data.tokenizer ="
-            f" {data.tokenizer}: set data.tokenizer to sentencepiece, or data.train_tokenizer to 0"
-        )
-
-
-def _validate_optim(config: TrainConfig) -> None:
-    optim = config.optim
-    _positive(optim, "learning_rate", "epsilon", "accumulate", prefix="optim.")
-    _at_least_zero(
-        optim,
-        "schedule_steps",
-        "warmup_steps",
-        "weight_decay",
-        "clip_norm",
-        "z_weight",
-        "final_fraction",
-        prefix="optim.",
-    )
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optim, name) < 1:
-            raise InputError(f"optim.{name} = {getattr(optim, name)}: give a value from 0 to below 1")
-    if not 0 < optim.decay_fraction <= 1:
-        raise InputError(f"optim.decay_fraction = {optim.decay_fraction}: give a fraction above 0, at most 1")
-    schedule_steps = optim.schedule_steps or config.steps
-    if optim.warmup_steps >= schedule_steps:
-        raise InputError(
-            f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of the {schedule_steps} steps of the schedule:"
-            " lower it, or raise optim.schedule_steps"
-        )
-    if config.data.batch_size % optim.accumulate:
-        raise InputError(
-            f"optim.accumulate = {optim.accumulate} does not divide data.batch_size = {config.data.batch_size}: choose a divisor"
-        )
-
-
-def _get(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _positive(config: Any, *names: str, prefix: str = "") -> None:
-    for name in names:
-        if not _get(config, name) > 0:
-            raise InputError(f"{prefix}{name} = {_get(config, name)}: must be above 0")
-
-
-def _at_least_zero(config: Any, *names: str, prefix: str = "") -> None:
-    for name in names:
-        if not _get(config, name) >= 0:
-            raise InputError(f"{prefix}{name} = {_get(config, name)}: must be 0 or more")
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -441,12 +300,70 @@ def workdir(config: TrainConfig) -> Path:
     return Path(config.workdir or f"runs/{config.name}")
 
 
+def split_run_path(path: str | Path) -> tuple[Path, str]:
+    """RUN, RUN/STEP, RUN/checkpoints/STEP or RUN/best -> the run's folder, and "", the step's digits or "best"."""
+    path = Path(path)
+    if not (path.name.isdigit() or path.name == "best") or (path / "checkpoints").is_dir():
+        return path, ""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path.name
+
+
 def records_dir(data: DataConfig) -> Path:
     """The folder of prepared records. Its default name holds a hash of every field that shapes the records."""
     if data.records:
         return Path(data.records)
-    shaping = (data.source, data.text_field, data.tokenizer, data.train_tokenizer, data.context)
-    shaping += (data.validation_fraction, data.min_characters)
+    shaping = (data.source, data.split, data.format, data.field, data.choice_style, data.tokenizer, data.train_tokenizer)
+    shaping += (data.context, data.validation_fraction, data.min_characters)
     digest = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()[:8]
     slug = re.sub(r"[^a-z0-9]+", "-", data.source.lower().rsplit("/", 1)[-1]).strip("-")[:40]
     return Path("data") / f"{slug}-{data.context}-{digest}"
+
+
+def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
+    """The sources of `data.mix` with their weights; each has the main source's other settings and a folder of its own.
+
+    Raises:
+      InputError: an entry is not WEIGHT:[FORMAT:]SOURCE.
+    """
+    parts = []
+    for entry in data.mix:
+        weight, _, source = entry.partition(":")
+        form, _, rest = source.partition(":")
+        if form in typing.get_args(typing.get_type_hints(DataConfig)["format"]) and rest:
+            source = rest
+        else:
+            form = data.format
+        try:
+            share = float(weight)
+        except ValueError:
+            share = 0.0
+        if not source or not 0 < share < math.inf:
+            raise InputError(
+                f"data.mix = {entry}: write WEIGHT:SOURCE or WEIGHT:FORMAT:SOURCE with a weight above 0, such as 0.25:stdlib"
+            )
+        same_format = form == data.format
+        field, split = (data.text_field, data.split) if same_format else ("", "")
+        parts.append(
+            (share, dataclasses.replace(data, source=source, format=form, text_field=field, split=split, mix=(), records=""))
+        )
+    return parts
+
+
+def inherit(config: TrainConfig) -> TrainConfig:
+    """The config with `data.tokenizer = inherit` replaced by the tokenizer of the run that `init_from` names.
+
+    Raises:
+      InputError: there is no such run, or none is named.
+    """
+    if config.data.tokenizer != "inherit":
+        return config
+    if not config.init_from:
+        raise InputError("data.tokenizer = inherit takes the tokenizer of another run: name it with --init-from RUN")
+    run, _ = split_run_path(config.init_from)
+    try:
+        name = json.loads((run / "tokenizer.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--init-from {config.init_from} holds no run (no readable tokenizer.json in {run}): give a run's folder"
+        ) from error
+    return override(config, {"data.tokenizer": "gpt2" if name == "gpt2" else str(run / "tokenizer.model")})

@@ -29,23 +29,30 @@ Metrics = dict[str, jax.Array]
 
 
 def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
-    """Splits records into inputs and targets, and marks documents where attention is to stay within them.
+    """Splits records into inputs and targets, and marks segments where attention and positions are to stay within them.
 
     Args:
-      batch: "tokens" [B, S + 1] int32; optionally "weight" [B] float32, 0 for a row that only fills the batch.
-      end_token: the token that closes a document; None lets attention cross documents.
-    Returns: tokens, targets [B, S] int32, weights [B, S] float32, and with an end token positions and segments [B, S].
+      batch: "tokens" [B, S + 1] int32; of packed records "segments", 0 for padding, and "targets", both [B, S + 1] int32;
+        optionally "weight" [B] float32, 0 for a row that only fills the batch.
+      end_token: the token that closes a document, where documents of text are to be segments; None lets attention cross them.
+    Returns: tokens, targets [B, S] int32, weights [B, S] float32, and with segments positions, segments and valid [B, S].
     """
     tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    weights = jnp.ones(targets.shape, jnp.float32)
-    if "weight" in batch:
-        weights *= batch["weight"][:, None]
-    inputs = {"tokens": tokens, "targets": targets, "weights": weights, "valid": weights > 0}
-    if end_token is not None:
+    inputs = {"tokens": tokens, "targets": targets, "weights": jnp.ones(targets.shape, jnp.float32)}
+    if "segments" in batch:
+        segments = batch["segments"][:, :-1]
+        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+        within = batch["segments"][:, 1:] == segments  # a record of text is one segment; nothing is predicted across a border
+        inputs |= {"weights": jnp.where(within, batch["targets"][:, 1:], 0).astype(jnp.float32)}
+        inputs |= {"segments": segments, "valid": segments > 0}
+    elif end_token is not None:
         starts = jnp.pad(tokens == end_token, ((0, 0), (1, 0)))[:, :-1]
+        inputs |= {"segments": jnp.cumsum(starts, axis=1), "valid": jnp.ones(tokens.shape, bool)}
+    if "segments" in inputs:
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        inputs["segments"] = jnp.cumsum(starts, axis=1)
         inputs["positions"] = place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+    if "weight" in batch:
+        inputs["weights"] *= batch["weight"][:, None]
     return inputs
 
 
@@ -60,7 +67,7 @@ def make_train_step(
         """Sum of cross-entropy and stacked routing statistics of one micro-batch."""
         out = model.apply(
             {"params": params}, micro["tokens"], router, train=True, rngs={"dropout": key},
-            positions=micro.get("positions"), segments=micro.get("segments"),
+            positions=micro.get("positions"), segments=micro.get("segments"), valid=micro.get("valid"),
         )  # fmt: skip
         nll = losses.cross_entropy(out.hidden, out.head, micro["targets"], micro["weights"], config.optim.z_weight)
         return nll, out.stats

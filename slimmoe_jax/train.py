@@ -29,13 +29,11 @@ from jax.sharding import Mesh
 from slimmoe_jax import attention, checkpoint, cli, evaluate, generate, metrics, ngrams, optim, sharding, state, step, summary
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
-from slimmoe_jax.data import prepare, sources, tokenizers
+from slimmoe_jax.data import loading, tokenizers
 from slimmoe_jax.data import records as records_lib
 from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.state import TrainState
 
-# A local source up to this size is prepared on the way; a larger one is worth its own command.
-AUTO_PREPARE_BYTES = 2**30
 # What a resumed run may change: everything else would make it another run.
 MAY_CHANGE = ("steps", "workdir", "name", "log_every", "compilation_cache", "remat", "mesh.", "checkpoint.", "eval.")
 MAY_CHANGE += (
@@ -71,18 +69,17 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     workdir = config_lib.workdir(config)
     _check_resumable(config, workdir)
     start_compilation_cache(config)
-    initial = _initial_weights(config, mesh) if config.init_from else None
+    resuming = _holds_run(workdir) and checkpoint.Checkpoints(workdir).latest is not None
+    initial = _initial_weights(config, mesh) if config.init_from and not resuming else None
 
     # --- data ---
-    records = open_or_prepare(config)
+    records, mixture = loading.open_all(config.data, config.model)
     if initial is not None:
         records_lib.check_same_tokenizer(records, initial.directory)
-    if _holds_run(workdir):
+    if resuming:
         records_lib.check_same_tokenizer(records, workdir)
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
-    batches = records_lib.batches(
-        records.split("train"), config.data.batch_size, seed=config.seed, workers=config.data.workers, **processes
-    )
+    batches = records_lib.batches(mixture, config.data.batch_size, seed=config.seed, workers=config.data.workers, **processes)
 
     # --- run folder ---
     workdir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +88,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     checkpoints = checkpoint.Checkpoints(workdir, config)
 
     # --- state ---
-    if checkpoints.latest is not None:
+    if resuming:
         train_state, data_state = checkpoints.restore(config, mesh)
         batches.set_state(data_state)
         say(f"resuming {workdir} from step {checkpoints.latest}")
@@ -117,13 +114,13 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
     signals, pending, validation_loss = StopSignals(), None, None
     with sharding.use(mesh), log, signals:
-        batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
+        batch = put_next(batches, mesh)
         for number in range(start + 1, config.steps + 1):
             data_state = batches.get_state()
             with jax.transfer_guard("disallow"):  # nothing moves but what is asked for: batches in, metrics out
                 train_state, step_metrics = train_step(train_state, batch)
                 if number < config.steps:
-                    batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
+                    batch = put_next(batches, mesh)
                 if pending:
                     log.step(*pending)
             pending = (number, step_metrics)
@@ -164,23 +161,10 @@ def start_compilation_cache(config: TrainConfig) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
 
-def open_or_prepare(config: TrainConfig) -> records_lib.Records:
-    """The prepared records; made first where they are missing and the source is local and small.
-
-    Raises:
-      InputError: they are missing and the source is not, or they do not fit the config.
-    """
-    directory = config_lib.records_dir(config.data)
-    if not (directory / "manifest.json").exists():
-        source = sources.open_source(config.data.source, config.data.text_field)
-        if not source.local or source.total_bytes > AUTO_PREPARE_BYTES:
-            raise InputError(
-                f"{directory} holds no records, and {config.data.source} is too large to prepare on the way: run"
-                " python -m slimmoe_jax.data.prepare with the same config and overrides first"
-            )
-        manifest = prepare.prepare(config.data, directory)
-        say("\n".join(prepare.summary_lines(manifest, directory)))
-    return records_lib.open_records(directory, config.data.context, config.model)
+def put_next(batches: records_lib.Batches, mesh: Mesh) -> step.Batch:
+    """The next batch, on its way to the devices."""
+    batch = next(batches)
+    return sharding.put_batch({name: rows for name, rows in batch.items() if name != "records"}, mesh)
 
 
 def _holds_run(workdir: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimmoe_jax import cli
+from slimmoe_jax import cli, validation
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, ModelConfig, TrainConfig, override
 
@@ -16,7 +16,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_are_valid_and_survive_json(path, tmp_path):
     config = config_lib.load(path)
-    config_lib.validate(config)
+    validation.validate(config)
     config_lib.save(config, tmp_path / "config.json")
     assert config_lib.load(tmp_path / "config.json") == config == config_lib.load(tmp_path)
 
@@ -60,9 +60,9 @@ def test_the_defaults_are_the_card():
     ],
 )
 def test_impossible_values_name_their_field(fields, message):
-    config_lib.validate(TrainConfig())
+    validation.validate(TrainConfig())
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
-        config_lib.validate(override(TrainConfig(), fields))
+        validation.validate(override(TrainConfig(), fields))
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def test_rows_that_are_no_documents_are_counted_and_named(tmp_path):
     rows += ['{"text": "lone surrogate \\ud800 here"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     manifest = prepare.prepare(data_config(tmp_path / "a.jsonl"), tmp_path / "out", workers=1)
-    assert manifest["skipped"] == {"near_empty": 1, "invalid": 4}
-    assert manifest["skipped_examples"][0] == "a.jsonl row 401: invalid"
+    assert manifest["skipped"] == {"near_empty": 1, "invalid": 4, "too_long": 0}
+    assert manifest["skipped_examples"][0] == "a.jsonl row 401: invalid (no text under 'text')"
 
 
 def test_records_do_not_depend_on_workers_or_a_kill(tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_records_that_do_not_fit_are_refused(prepared, tmp_path):
         records.open_records(prepared, model=ModelConfig(vocab_size=100))
     with pytest.raises(InputError, match="holds no records"):
         records.open_records(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    (tmp_path / "manifest.json").write_text('{"format": 2}')
     with pytest.raises(InputError, match="damaged"):
         records.open_records(tmp_path)
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from slimmoe_jax.data.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -30,8 +32,8 @@ class Turn(NamedTuple):
 class Encoded(NamedTuple):
     """A training example: its tokens, which of them are to be predicted, and the bytes of text that those spell."""
 
-    tokens: list[int]
-    targets: list[bool]  # never the first
+    tokens: Sequence[int] | np.ndarray
+    targets: Sequence[bool] | np.ndarray  # never the first
     target_bytes: int
     cut: bool = False  # whether it lost turns to the limit
 

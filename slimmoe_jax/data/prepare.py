@@ -1,11 +1,11 @@
-"""Turns text into fixed-length records of tokens.
+"""Turns text, conversations or multiple-choice questions into fixed-length records of tokens.
 
 `python -m slimmoe_jax.data.prepare --config configs/pretrain.py [--source SOURCE] [--out DIR] [--train-tokenizer N] [--workers N]`
 
-The source is cut into units, which worker processes tokenize. Each finished unit leaves its records and a small JSON
-file in `DIR.partial`, written atomically; a run that was killed goes on from there. At the end what units left over is
-joined into further records, the manifest is written, and the folder gets its name. The result does not depend on the
-number of workers or on interruptions.
+The source is cut into units, which worker processes tokenize (see `units`). Each finished unit leaves its records and a
+small JSON file in `DIR.partial`, written atomically; a run that was killed goes on from there. At the end what units left
+over is joined into further records, the manifest is written, and the folder gets its name. The result does not depend on
+the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import functools
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -34,25 +32,26 @@ import numpy as np
 
 from slimmoe_jax import cli, config
 from slimmoe_jax.config import DataConfig, InputError
-from slimmoe_jax.data import records, tokenizers
+from slimmoe_jax.data import packing, records, tokenizers, units
 from slimmoe_jax.data import sources as sources_lib
-from slimmoe_jax.data.sources import Interrupted, Source, Unit
+from slimmoe_jax.data.sources import Interrupted, Source
+from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
 from slimmoe_jax.progress import Meter, short
 
-SPLITS = ("train", "validation")
-_EXAMPLES = 5  # bad rows that are named
+_NAMED = 5  # bad rows and ignored files that are named
 _TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained on, from the source's start
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a worker needs to know."""
+def open_source(data: DataConfig) -> Source:
+    """The source that the config names, opened for its format."""
+    return sources_lib.open_source(data.source, data.field, data.split, data.format)
 
-    data: DataConfig
-    tokenizer: str  # for tokenizers.load
-    fingerprint: str  # of that tokenizer
-    folder: Path
-    dtype: str
+
+def with_tokenizer(part: DataConfig, main: Path) -> DataConfig:
+    """A mixed source takes the tokenizer that was trained for the records in `main`."""
+    if not part.train_tokenizer:
+        return part
+    return dataclasses.replace(part, tokenizer=str(main / "tokenizer.model"), train_tokenizer=0)
 
 
 def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, An
       InputError: nothing usable in the source, a damaged file, or a folder with other records.
     """
     out = Path(out)
-    source = sources_lib.open_source(data.source, data.text_field)
+    source = open_source(data)
     settings = _settings(data, source)
     if (out / "manifest.json").exists():
         manifest = records.open_records(out).manifest
@@ -120,9 +119,9 @@ def _prepare(data: DataConfig, source: Source, settings: dict[str, Any], folder:
         tokenizer = _tokenizer(data, source, folder)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         spec = "gpt2" if tokenizer.path is None else str(tokenizer.path)
-        job = _Job(data, spec, tokenizer.fingerprint, folder, dtype)
+        job = Job(data, spec, tokenizer.fingerprint, folder, dtype)
         _run_units(job, source, workers)
-        _write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
+        units.write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
     for path in [*folder.glob("unit-*"), *folder.glob("*.tmp"), folder / "settings.json"]:
         path.unlink(missing_ok=True)
     return json.loads((folder / "manifest.json").read_text())
@@ -134,7 +133,10 @@ def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
     return {
         "source": data.source,
         "source_fingerprint": source.fingerprint,
-        "text_field": data.text_field,
+        "format": data.format,
+        "split": data.split,
+        "choice_style": data.choice_style,
+        "text_field": data.field,
         "tokenizer": tokenizer,
         "train_tokenizer": data.train_tokenizer,
         "context": data.context,
@@ -165,7 +167,7 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
             return
     if any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise InputError(f"{folder} is in the way, and not a preparation that was broken off: remove it, or give another --out")
-    _write_json(folder / "settings.json", settings)
+    units.write_json(folder / "settings.json", settings)
 
 
 def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tokenizer:
@@ -178,28 +180,38 @@ def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tok
     if not (folder / "tokenizer.json").exists():
         tokenizers.train_sentencepiece(_first_texts(data, source), data.train_tokenizer, path)
         tokenizer = tokenizers.SentencePiece(path)
-        _write_json(folder / "tokenizer.json", tokenizers.describe(tokenizer))
+        units.write_json(folder / "tokenizer.json", tokenizers.describe(tokenizer))
     return tokenizers.saved(folder)
 
 
 def _first_texts(data: DataConfig, source: Source) -> Iterator[str]:
     left = _TOKENIZER_TEXT
     for unit in source.units():
-        for _, text in sources_lib.documents(unit, data.text_field):
-            if text:
+        for _, value in sources_lib.rows(unit, data.field):
+            for text in _texts_in(value):
                 yield text[:left]
                 left -= len(text)
-            if left <= 0:
-                return
+                if left <= 0:
+                    return
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The strings of a row, however deep; keys are no text."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(_texts_in, value.values()))
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(_texts_in, value))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
 
 
-def _run_units(job: _Job, source: Source, workers: int) -> None:
+def _run_units(job: Job, source: Source, workers: int) -> None:
     """Has every unit done that is not done yet."""
     started, tokens = time.monotonic(), 0
-    done = sum(summary["size"] for summary in _summaries(job.folder))
+    done = sum(summary["size"] for summary in units.summaries(job.folder))
     with Meter("prepare", source.total_bytes, done) as meter:
         for summary in _work(job, source, workers):
             done += summary["size"]
@@ -208,21 +220,21 @@ def _run_units(job: _Job, source: Source, workers: int) -> None:
             meter.update(done, f"{short(tokens)} tokens, {short(rate)} tokens/s")
 
 
-def _work(job: _Job, source: Source, workers: int) -> Iterator[dict[str, Any]]:
+def _work(job: Job, source: Source, workers: int) -> Iterator[dict[str, Any]]:
     """The summaries of units as they get done, in any order."""
-    todo = ((n, unit) for n, unit in enumerate(source.units()) if not _summary_path(job.folder, n).exists())
+    todo = ((n, unit) for n, unit in enumerate(source.units()) if not units.summary_path(job.folder, n).exists())
     first = list(itertools.islice(todo, 2))
     todo = itertools.chain(first, todo)
     if workers == 1 or len(first) < 2:
         for number, unit in todo:
-            yield _tokenize_unit(job, number, unit)
+            yield units.process(job, number, unit)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         running: set[concurrent.futures.Future] = set()
         try:
             for number, unit in todo:
-                running.add(pool.submit(_tokenize_unit, job, number, unit))
+                running.add(pool.submit(units.process, job, number, unit))
                 if len(running) > workers:  # few units in flight keep memory flat
                     done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -241,123 +253,58 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _summary_path(folder: Path, number: int) -> Path:
-    return folder / f"unit-{number:06}.json"
-
-
-def _summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of the finished units, in order."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("unit-??????.json"))]
-
-
-@functools.cache
-def _loaded(spec: str, fingerprint: str) -> tokenizers.Tokenizer:
-    return tokenizers.load(spec)
-
-
-def _tokenize_unit(job: _Job, number: int, unit: Unit) -> dict[str, Any]:
-    """Tokenizes one unit. Leaves for each split its whole records and the tokens that remain, and last a summary."""
-    started = time.process_time()
-    tokenizer, length = _loaded(job.tokenizer, job.fingerprint), job.data.context + 1
-    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    summary: dict[str, Any] = {key: dict.fromkeys(SPLITS, 0) for key in ("documents", "tokens", "bytes")}
-    skipped, examples = {"near_empty": 0, "invalid": 0}, []
-    for row, text in sources_lib.documents(unit, job.data.text_field):
-        if text is None or len(text.strip()) < job.data.min_characters:
-            reason = "invalid" if text is None else "near_empty"
-            skipped[reason] += 1
-            if len(examples) < _EXAMPLES:
-                examples.append(f"{Path(unit.file).name} row {row}: {reason}")
-            continue
-        encoded = text.encode()
-        split = "validation" if _is_held_out(encoded, job.data.validation_fraction) else "train"
-        ids = np.array([*tokenizer.encode(text), tokenizer.end_token], job.dtype)
-        tokens[split].append(ids)
-        summary["documents"][split] += 1
-        summary["tokens"][split] += len(ids)
-        summary["bytes"][split] += len(encoded)
-    summary |= {"skipped": skipped, "examples": examples, "files": {}, "size": unit.size}
-    for split in SPLITS:
-        stream = np.concatenate([np.empty(0, job.dtype), *tokens.pop(split)])
-        rows = len(stream) // length
-        _write_array(_rest_path(job.folder, number, split), stream[rows * length :])
-        if rows:
-            path = job.folder / f"{split}-{number:06}.npy"
-            _write_array(path, stream[: rows * length].reshape(rows, length))
-            summary["files"][split] = _entry(path, rows)
-    summary["cpu_seconds"] = time.process_time() - started
-    _write_json(_summary_path(job.folder, number), summary)
-    return summary
-
-
-def _rest_path(folder: Path, number: int, split: str) -> Path:
-    return folder / f"unit-{number:06}.{split}.npy"
-
-
-def _entry(path: Path, rows: int) -> dict[str, Any]:
-    """A file of records as the manifest lists it."""
-    return {"file": path.name, "records": rows, "sha256": records.sha256(path)}
-
-
-def _is_held_out(text: bytes, fraction: float) -> bool:
-    """Decided by the document's text alone, so that copies of a document fall on the same side."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < fraction * 2**64
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
-
-
-def _write_json(path: Path, tree: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def _join(job: _Job, tokenizer: tokenizers.Tokenizer, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes records of what the units had left, and returns the manifest."""
-    summaries, length = _summaries(job.folder), job.data.context + 1
+def _join(job: Job, tokenizer: tokenizers.Tokenizer, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes records of what units of text had left, and returns the manifest."""
+    summaries, text = units.summaries(job.folder), job.data.format == "text"
     splits = {}
     for split in SPLITS:
-        sums = {key: sum(summary[key][split] for summary in summaries) for key in ("documents", "tokens", "bytes")}
         files = [summary["files"][split] for summary in summaries if split in summary["files"]]
-        rest = np.concatenate([np.empty(0, job.dtype), *(np.load(_rest_path(job.folder, n, split)) for n in range(len(summaries)))])
-        rows = len(rest) // length
-        if rows:
-            path = job.folder / f"{split}-rest.npy"
-            _write_array(path, rest[: rows * length].reshape(rows, length))
-            files.append(_entry(path, rows))
-        count = sum(file["records"] for file in files)
-        splits[split] = sums | {"records": count, "leftover_tokens": len(rest) - rows * length, "files": files}
-    examples = list(itertools.chain.from_iterable(summary["examples"] for summary in summaries))[:_EXAMPLES]
+        sums: dict[str, Any] = {key: sum(summary[key][split] for summary in summaries) for key in COUNTS}
+        sums["leftover_tokens"] = _join_rest(job, split, len(summaries), files) if text else 0
+        splits[split] = sums | {"records": sum(file["records"] for file in files), "files": files}
+    examples = list(itertools.chain.from_iterable(summary["examples"] for summary in summaries))[:_NAMED]
     _check_not_empty(job.data, splits, examples)
     return {
         "format": records.FORMAT,
         "source": job.data.source,
         "settings": settings,
         "context": job.data.context,
-        "record_length": length,
+        "record_length": job.length,
+        "channels": ["tokens"] if text else list(packing.CHANNELS),
         "dtype": job.dtype,
         "tokenizer": tokenizers.describe(tokenizer),
         "splits": splits,
-        "skipped": {key: sum(summary["skipped"][key] for summary in summaries) for key in ("near_empty", "invalid")},
+        "skipped": {reason: sum(summary["skipped"][reason] for summary in summaries) for reason in REASONS},
         "skipped_examples": examples,
         "ignored_files": list(source.ignored),
         "cpu_seconds": round(sum(summary["cpu_seconds"] for summary in summaries), 3),
     }
 
 
+def _join_rest(job: Job, split: str, count: int, files: list[dict[str, Any]]) -> int:
+    """Adds to `files` one of the records that the units' remaining tokens make. Returns how many tokens are left of those."""
+    rest = np.concatenate([np.empty(0, job.dtype), *(np.load(units.rest_path(job.folder, n, split)) for n in range(count))])
+    rows = len(rest) // job.length
+    if rows:
+        path = job.folder / f"{split}-rest.npy"
+        units.write_array(path, rest[: rows * job.length].reshape(rows, job.length))
+        files.append(units.entry(path, rows))
+    return len(rest) - rows * job.length
+
+
 def _check_not_empty(data: DataConfig, splits: dict[str, Any], examples: list[str]) -> None:
     if not splits["train"]["documents"] + splits["validation"]["documents"]:
+        what = {
+            "text": f"document of at least {data.min_characters} characters under {data.field!r}",
+            "chat": f"conversation of at most {data.context + 1} tokens under {data.field!r}",
+            "multiple_choice": f"multiple-choice question of at most {data.context + 1} tokens",
+        }[data.format]
         raise InputError(
-            f"data.source = {data.source} holds no document of at least {data.min_characters} characters under"
-            f" {data.text_field!r} ({'; '.join(examples[:3]) or 'it is empty'}): check data.source and data.text_field"
+            f"data.source = {data.source} holds no {what} ({'; '.join(examples[:3]) or 'it is empty'}): check data.source,"
+            " data.format and data.text_field"
         )
     for split in SPLITS:
         if not splits[split]["records"]:
@@ -378,19 +325,26 @@ def _larger_fraction(data: DataConfig, splits: dict[str, Any]) -> str:
 def summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
     """What a person wants to know of prepared records."""
     lines = []
+    packed = "segments" in manifest["channels"]
     for name in SPLITS:
         split = manifest["splits"][name]
-        lines.append(
-            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {split['records']:,} records of"
-            f" {manifest['record_length']}, {split['bytes'] / split['tokens']:.2f} bytes a token,"
-            f" {split['leftover_tokens']} tokens left over"
-        )
+        places = split["records"] * manifest["record_length"]
+        line = f"{name}: {split['documents']:,} {'examples' if packed else 'documents'}, {split['tokens']:,} tokens"
+        line += f" in {split['records']:,} records of {manifest['record_length']}"
+        if packed:
+            line += f", {split['tokens'] / places:.1%} full, {split['targets']:,} tokens to be predicted"
+        else:
+            line += f", {split['bytes'] / split['tokens']:.2f} bytes a token, {split['leftover_tokens']} tokens left over"
+        lines.append(line)
     skipped, ignored = manifest["skipped"], manifest["ignored_files"]
+    cut = sum(manifest["splits"][name]["cut"] for name in SPLITS)
+    if cut:
+        lines.append(f"cut: {cut} conversations that were too long end with the last answer that fits")
     if any(skipped.values()):
-        examples = "; ".join(manifest["skipped_examples"])
-        lines.append(f"left out: {skipped['near_empty']} near-empty and {skipped['invalid']} invalid rows ({examples})")
+        counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items() if count)
+        lines.append(f"left out: {counts} ({'; '.join(manifest['skipped_examples'])})")
     if ignored:
-        lines.append(f"ignored: {len(ignored)} files of other kinds ({', '.join(ignored[:_EXAMPLES])})")
+        lines.append(f"ignored: {len(ignored)} files of other kinds ({', '.join(ignored[:_NAMED])})")
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     lines.append(f"speed: {short(tokens / max(manifest['cpu_seconds'], 1e-9))} tokens/s a core")
     lines.append(f"records: {out}")
@@ -422,10 +376,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"{out} is prepared already", file=sys.stderr)
     try:
         manifest = prepare(whole.data, out, workers)
+        print("\n".join(summary_lines(manifest, out)))
+        for _, part in config.mixed(whole.data):
+            part = with_tokenizer(part, out)
+            print("\n".join(summary_lines(prepare(part, config.records_dir(part), workers), config.records_dir(part))))
     except KeyboardInterrupt:
         print("stopped: the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGINT
-    print("\n".join(summary_lines(manifest, out)))
     vocabulary = manifest["tokenizer"]["vocab_size"]
     if vocabulary != whole.model.vocab_size:
         print(f"note: train on these records with --model.vocab-size {vocabulary} (it is {whole.model.vocab_size} in the config)")

@@ -1,16 +1,18 @@
 """Prepared records: fixed-length rows of tokens on disk, read by index.
 
-A folder of records holds `manifest.json` and, for each split, files `.npy` of shape [records, context + 1],
-memory-mapped when read. The manifest says what they are made of, with sha256 sums. Grain decides the order: it
-shuffles record numbers by seed and epoch, and the state of the iterator is one number that goes into the checkpoint.
+A folder of records holds `manifest.json` and, for each split, files `.npy`, memory-mapped when read: [records, context + 1]
+of text, or [records, 3, context + 1] of packed examples (see `packing`). The manifest says what they are made of, with
+sha256 sums. Grain decides the order: it shuffles record numbers by seed and epoch, mixes sources by weight, and the state of
+the iterator is one number that goes into the checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +24,20 @@ from slimmoe_jax.data import tokenizers
 if TYPE_CHECKING:
     import grain
 
-FORMAT = 1
+FORMAT = 2
 _EPOCHS = 1_000_000  # endless, within what Grain can count
 
 
 class Split:
-    """The records of one split, in files that together are one long array [records, context + 1]."""
+    """The records of one split, in files that together are one long array."""
 
-    def __init__(self, directory: Path, entry: dict[str, Any], record_length: int):
-        self._made_from = (directory, entry, record_length)
-        self.tokens, self.bytes = int(entry["tokens"]), int(entry["bytes"])
-        self._arrays = [_map_file(directory, file, record_length) for file in entry["files"]]
+    def __init__(self, directory: Path, entry: dict[str, Any], record_length: int, channels: Sequence[str]):
+        self._made_from = (directory, entry, record_length, channels)
+        self.targets, self.bytes = int(entry["targets"]), int(entry["bytes"])
+        self.packed = len(channels) > 1
+        shape = (len(channels), record_length) if self.packed else (record_length,)
+        self._channels = channels
+        self._arrays = [_map_file(directory, file, shape) for file in entry["files"]]
         self._first = np.cumsum([0] + [len(array) for array in self._arrays])
 
     def __reduce__(self) -> tuple:
@@ -42,19 +47,48 @@ class Split:
         return int(self._first[-1])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The records of these numbers, in this order: [n, context + 1] int32."""
+        """The records of these numbers, in this order: [n, context + 1] or, packed, [n, 3, context + 1], int32."""
         indices = np.asarray(indices)
-        out = np.empty((len(indices), self._arrays[0].shape[1]), np.int32)
+        out = np.empty((len(indices), *self._arrays[0].shape[1:]), np.int32)
         files = np.searchsorted(self._first, indices, side="right") - 1
         for file in np.unique(files):
             rows = files == file
             out[rows] = self._arrays[file][indices[rows] - self._first[file]]
         return out
 
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The same by channel: "tokens" and, packed, "segments" and "targets", each [n, context + 1] int32."""
+        records = self.read(indices)
+        if not self.packed:
+            return {"tokens": records}
+        return {name: records[:, channel] for channel, name in enumerate(self._channels)}
+
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the split's text a token."""
-        return self.bytes / self.tokens
+        """UTF-8 bytes of the text that is to be predicted, a token."""
+        return self.bytes / self.targets
+
+
+class Mixture:
+    """Several splits, numbered one after another; which comes how often is for `batches` to say."""
+
+    def __init__(self, splits: Sequence[Split], weights: Sequence[float]):
+        self.splits, self.weights = tuple(splits), tuple(weights)
+        self.packed = any(split.packed for split in splits)
+        self.first = np.cumsum([0] + [len(split) for split in splits])
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """As `Split.batch`. Among packed records, one of text is a single segment of which everything is to be predicted."""
+        out: dict[str, np.ndarray] = {}
+        sources = np.searchsorted(self.first, indices, side="right") - 1
+        for source in np.unique(sources):
+            rows = sources == source
+            part = self.splits[source].batch(indices[rows] - self.first[source])
+            if self.packed and "segments" not in part:
+                part |= {name: np.ones_like(part["tokens"]) for name in ("segments", "targets")}
+            for name, values in part.items():
+                out.setdefault(name, np.empty((len(indices), values.shape[1]), np.int32))[rows] = values
+        return out
 
 
 class Records:
@@ -67,7 +101,9 @@ class Records:
             raise ValueError(f"record_length {manifest['record_length']} with context {self.context}")
         self.end_token: int = manifest["tokenizer"]["end_token"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self._splits = {name: Split(directory, entry, manifest["record_length"]) for name, entry in manifest["splits"].items()}
+        self.fingerprint: str = manifest["tokenizer"]["fingerprint"]
+        shape = (manifest["record_length"], manifest["channels"])
+        self._splits = {name: Split(directory, entry, *shape) for name, entry in manifest["splits"].items()}
         for name in ("train", "validation"):
             if not len(self._splits[name]):
                 raise ValueError(f"no {name} records")
@@ -78,11 +114,11 @@ class Records:
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer that made the records, its fingerprint checked."""
-        tokenizer, recorded = tokenizers.saved(self.directory), self.manifest["tokenizer"]["fingerprint"]
-        if tokenizer.fingerprint != recorded:
+        tokenizer = tokenizers.saved(self.directory)
+        if tokenizer.fingerprint != self.fingerprint:
             raise InputError(
                 f"the tokenizer in {self.directory} (sha256 {tokenizer.fingerprint[:12]}) is not the one that made the records"
-                f" ({recorded[:12]}): restore it, or prepare the records anew"
+                f" ({self.fingerprint[:12]}): restore it, or prepare the records anew"
             )
         return tokenizer
 
@@ -134,23 +170,26 @@ def open_records(directory: str | Path, context: int | None = None, model: Model
 def check_same_tokenizer(records: Records, run: str | Path) -> None:
     """Raises InputError where records were made with another tokenizer than the run's."""
     ours, theirs = tokenizers.saved(run), records.manifest["tokenizer"]
-    if ours.fingerprint != theirs["fingerprint"]:
+    if ours.fingerprint != records.fingerprint:
         raise InputError(
-            f"{records.directory} was made with another tokenizer ({theirs['name']}, sha256 {theirs['fingerprint'][:12]}) than"
+            f"{records.directory} was made with another tokenizer ({theirs['name']}, sha256 {records.fingerprint[:12]}) than"
             f" the model of {run} ({ours.name}, {ours.fingerprint[:12]}): prepare the text with the model's tokenizer"
         )
 
 
-def batches(split: Split, batch_size: int, *, seed: int, workers: int = 0, process: int = 0, processes: int = 1) -> Batches:
+def batches(
+    source: Split | Mixture, batch_size: int, *, seed: int, workers: int = 0, process: int = 0, processes: int = 1
+) -> Batches:
     """Endless shuffled batches, each epoch in a new order, with this process's share of the rows.
 
     Record numbers are batched before anything is read, and each batch is then one gather from the files. So the global batches
-    do not depend on the number of processes or workers.
+    do not depend on the number of processes or workers. A mixture takes records from its splits by weight, evenly spread; each
+    split goes through epochs of its own.
 
     Args:
       batch_size: rows of the global batch; `processes` divides it.
       workers: reading processes; 0 reads in threads.
-    Returns: an iterator of {"tokens": [batch_size / processes, context + 1] int32, "records": their numbers, int64}.
+    Returns: an iterator of `Split.batch`'s arrays, [batch_size / processes, context + 1] int32, with their numbers, "records".
     Raises:
       InputError: the batch does not divide.
     """
@@ -160,12 +199,17 @@ def batches(split: Split, batch_size: int, *, seed: int, workers: int = 0, proce
     if share * processes != batch_size:
         raise InputError(f"data.batch_size = {batch_size} does not divide among {processes} processes: choose a multiple")
     mine = slice(process * share, (process + 1) * share)
+    mixture = source if isinstance(source, Mixture) else Mixture([source], [1.0])
 
     def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        return {"tokens": split.read(numbers[mine]), "records": numbers[mine].astype(np.int64)}
+        return mixture.batch(numbers[mine]) | {"records": numbers[mine].astype(np.int64)}
 
-    dataset = grain.MapDataset.range(len(split)).shuffle(seed=seed).repeat(_EPOCHS).batch(batch_size).map(read)
-    return Batches(dataset, workers)
+    ranges = [
+        grain.MapDataset.range(int(first), int(stop)).shuffle(seed=seed + n).repeat(_EPOCHS)
+        for n, (first, stop) in enumerate(itertools.pairwise(mixture.first))
+    ]
+    numbers = grain.MapDataset.mix(ranges, mixture.weights) if len(ranges) > 1 else ranges[0]
+    return Batches(numbers.batch(batch_size).map(read), workers)
 
 
 class Batches:
@@ -224,7 +268,8 @@ def evaluation_batches(
 
     Args:
       most: number of batches; 0 means all.
-    Returns: batches of {"tokens": [batch_size / processes, context + 1] int32, "weight": [batch_size / processes] float32}.
+    Returns: batches of `Split.batch`'s arrays, [batch_size / processes, context + 1] int32, and "weight" [batch_size / processes]
+      float32.
     """
     share = batch_size // processes
     if share * processes != batch_size:
@@ -233,7 +278,7 @@ def evaluation_batches(
     for batch in range(min(total, most) if most else total):
         numbers = batch * batch_size + process * share + np.arange(share)
         weight = (numbers < len(split)).astype(np.float32)
-        yield {"tokens": split.read(np.minimum(numbers, len(split) - 1)), "weight": weight}
+        yield split.batch(np.minimum(numbers, len(split) - 1)) | {"weight": weight}
 
 
 def sha256(path: Path) -> str:
@@ -241,7 +286,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _map_file(directory: Path, entry: dict[str, Any], record_length: int) -> np.ndarray:
+def _map_file(directory: Path, entry: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     path = directory / entry["file"]
     if path.parent != directory:
         raise InputError(f"{directory}/manifest.json names {entry['file']}, outside its folder: prepare the records anew")
@@ -249,9 +294,9 @@ def _map_file(directory: Path, entry: dict[str, Any], record_length: int) -> np.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged ({str(error)[:120]}): prepare the records anew") from error
-    if array.shape != (entry["records"], record_length) or array.dtype.kind != "u":
+    if array.shape != (entry["records"], *shape) or array.dtype.kind != "u":
         raise InputError(
-            f"{path} holds {array.dtype} {list(array.shape)}, the manifest says {[entry['records'], record_length]}:"
+            f"{path} holds {array.dtype} {list(array.shape)}, the manifest says {[entry['records'], *shape]}:"
             " prepare the records anew"
         )
     return array

@@ -8,29 +8,26 @@ and after every restart.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import gzip
 import hashlib
 import importlib
 import json
 import sys
-import sysconfig
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from slimmoe_jax.config import InputError
+from slimmoe_jax.data import stdlib
 
 UNIT_BYTES = 16 * 2**20
 _BLOCK = 2**20
 _TXT_DOCUMENT = 2**14
 _TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 _SUFFIXES = (".parquet", *_TEXT_SUFFIXES)
-# Not the library itself, or not text that anyone would learn from.
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 
 
 class Interrupted(InputError):
@@ -44,7 +41,7 @@ class Unit:
     file: str  # for messages
     first_row: int  # number of its first row in the file, from 1
     size: int  # bytes of the source that it takes up, as `Source.total_bytes` counts them
-    rows: list[object] | None = None  # bytes: a line of JSON; str: a document; anything else: an invalid row
+    rows: list[Any] | None = None  # bytes: a line of JSON; anything else: the value itself
     row_groups: tuple[int, ...] | None = None  # of the parquet file `file`
 
 
@@ -57,26 +54,38 @@ class Source:
     ignored: tuple[str, ...] = ()  # files of a directory that are not of a known kind
 
 
-def open_source(spec: str, text_field: str) -> Source:
+def open_source(spec: str, field: str | None = "text", split: str = "", form: str = "text") -> Source:
     """Opens `hub:NAME[:SUBSET]`, `stdlib[:sources]`, a file, or a directory of files.
 
+    Args:
+      field: the column or key that is read; None takes whole rows.
+      split: of a hub dataset (empty: train); of a directory it takes the files named SPLIT-*, where there are such.
+      form: what the standard library is to be made into: text, chat or multiple_choice.
     Raises:
       InputError: nothing is there, or nothing of a known kind.
     """
     if spec.startswith("hub:"):
-        return _hub(spec, text_field)
+        return _hub(spec, field, split or "train")
     if spec in ("stdlib", "stdlib:sources"):
-        return _stdlib(with_sources=spec == "stdlib:sources")
+        return _stdlib(spec == "stdlib:sources", form)
     path = Path(spec).expanduser()
     if not spec or not path.exists():
         raise InputError(f"data.source = {spec} does not exist: give hub:NAME[:SUBSET], a file, a directory or stdlib")
     files, ignored = ([path], []) if path.is_file() else _files_below(path)
+    if split and path.is_dir():
+        files = [file for file in files if file.name.startswith((f"{split}-", f"{split}."))] or files
     if not files or not files[0].name.endswith(_SUFFIXES):
         raise InputError(f"data.source = {spec} holds no text: files end in {', '.join(_SUFFIXES)}")
+    if form != "text":
+        for file in files:
+            if ".txt" in file.name:
+                raise InputError(
+                    f"{file} is plain text, which holds no {form} rows: give jsonl or parquet, or set data.format to text"
+                )
     sizes = [file.stat().st_size for file in files]
     names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
     return Source(
-        units=lambda: _file_units(files, text_field, one_file=path.is_file()),
+        units=lambda: _file_units(files, field, one_file=path.is_file()),
         total_bytes=sum(sizes),
         fingerprint=_digest(json.dumps([names, sizes])),
         ignored=tuple(str(file.relative_to(path)) for file in ignored),
@@ -91,25 +100,36 @@ def _files_below(path: Path) -> tuple[list[Path], list[Path]]:
     return known, [file for file in files if not file.name.endswith(_SUFFIXES)]
 
 
-def documents(unit: Unit, text_field: str) -> Iterator[tuple[int, str | None]]:
-    """The (row number, text) of each row of a unit; None for a row that is not a document.
+def rows(unit: Unit, field: str | None) -> Iterator[tuple[int, Any]]:
+    """The (row number, value) of each row of a unit: what stands under `field`, or the whole row; None where that is missing.
 
     Raises:
       InputError: a damaged parquet file.
     """
-    rows = unit.rows if unit.row_groups is None else _parquet_texts(unit, text_field)
-    for number, row in enumerate(rows, start=unit.first_row):
-        text = _parse(row, text_field) if isinstance(row, bytes) and unit.row_groups is None else row
-        yield number, text if isinstance(text, str) and _is_unicode(text) else None
+    values = unit.rows if unit.row_groups is None else _parquet_values(unit, field)
+    for number, row in enumerate(values, start=unit.first_row):
+        yield number, _parse(row, field) if isinstance(row, bytes) and unit.row_groups is None else row
 
 
-def _parse(line: bytes, text_field: str) -> object:
+def documents(unit: Unit, field: str) -> Iterator[tuple[int, str | None]]:
+    """The (row number, text) of each row of a unit; None for a row that is not a document."""
+    for number, value in rows(unit, field):
+        yield number, value if isinstance(value, str) and _is_unicode(value) else None
+
+
+def _parse(line: bytes, field: str | None) -> Any:
     if not line.strip():
         return ""
     try:
-        return json.loads(line)[text_field]
+        row = json.loads(line)
+        return row if field is None else row[field]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
+
+
+def _size(value: Any) -> int:
+    """Some measure of a value's length, in characters."""
+    return len(value) if isinstance(value, str) else len(str(value or ""))
 
 
 def _is_unicode(text: str) -> bool:
@@ -140,9 +160,9 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _group(file: str, rows: Iterable[tuple[object, int, int]]) -> Iterator[Unit]:
+def _group(file: str, rows: Iterable[tuple[Any, int, int]]) -> Iterator[Unit]:
     """Gathers rows into units. Each row comes with its length and how many bytes of the file are read up to it."""
-    group: list[object] = []
+    group: list[Any] = []
     length, first_row, before, done = 0, 1, 0, 0
     for row, row_length, done in rows:
         group.append(row)
@@ -158,10 +178,10 @@ def _group(file: str, rows: Iterable[tuple[object, int, int]]) -> Iterator[Unit]
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _file_units(files: list[Path], text_field: str, one_file: bool) -> Iterator[Unit]:
+def _file_units(files: list[Path], field: str | None, one_file: bool) -> Iterator[Unit]:
     for file in files:
         if file.name.endswith(".parquet"):
-            yield from _parquet_units(file, text_field)
+            yield from _parquet_units(file, field)
         elif ".jsonl" in file.name:
             yield from _group(str(file), ((line, len(line), done) for line, done in _lines(file)))
         else:
@@ -170,11 +190,11 @@ def _file_units(files: list[Path], text_field: str, one_file: bool) -> Iterator[
             yield from _group(str(file), _txt_documents(file, _TXT_DOCUMENT if one_file else UNIT_BYTES))
 
 
-def _parquet_units(file: Path, text_field: str) -> Iterator[Unit]:
+def _parquet_units(file: Path, field: str | None) -> Iterator[Unit]:
     parquet = _open_parquet(file)
     columns = parquet.schema_arrow.names
-    if text_field not in columns:
-        raise InputError(f"{file} has no column {text_field!r}: set data.text_field to one of {', '.join(columns)}")
+    if field is not None and field not in columns:
+        raise InputError(f"{file} has no column {field!r}: set data.text_field to one of {', '.join(columns)}")
     file_size, count = file.stat().st_size, parquet.num_row_groups
     groups: list[int] = []
     size, first_row, rows = 0, 1, 0
@@ -184,7 +204,7 @@ def _parquet_units(file: Path, text_field: str) -> Iterator[Unit]:
             if groups:
                 yield Unit(str(file), first_row, file_size * len(groups) // count, row_groups=tuple(groups))
                 groups, size, first_row, rows = [], 0, first_row + rows, 0
-            for unit in _group(str(file), _parquet_rows(parquet, file, number, text_field, file_size // count)):
+            for unit in _group(str(file), _parquet_rows(parquet, file, number, field, file_size // count)):
                 yield dataclasses.replace(unit, first_row=first_row + unit.first_row - 1)
             first_row += group.num_rows
             continue
@@ -198,23 +218,23 @@ def _parquet_units(file: Path, text_field: str) -> Iterator[Unit]:
         yield Unit(str(file), first_row, file_size * len(groups) // count, row_groups=tuple(groups))
 
 
-def _parquet_rows(parquet, file: Path, number: int, text_field: str, size: int) -> Iterator[tuple[object, int, int]]:
-    """The texts of one row group, which takes up `size` bytes of the file."""
-    rows, read = parquet.metadata.row_group(number).num_rows, 0
+def _parquet_rows(parquet, file: Path, number: int, field: str | None, size: int) -> Iterator[tuple[Any, int, int]]:
+    """The values of one row group, which takes up `size` bytes of the file."""
+    count, read = parquet.metadata.row_group(number).num_rows, 0
     try:
-        for batch in parquet.iter_batches(batch_size=256, row_groups=[number], columns=[text_field]):
-            for text in batch[text_field].to_pylist():
+        for batch in parquet.iter_batches(batch_size=256, row_groups=[number], columns=field and [field]):
+            for value in batch.to_pylist() if field is None else batch[field].to_pylist():
                 read += 1
-                text = text if isinstance(text, str) else None
-                yield text, len(text or ""), size * read // rows
+                yield value, _size(value), size * read // count
     except (OSError, ValueError) as error:
         raise _damaged(file, error) from error
 
 
-def _parquet_texts(unit: Unit, text_field: str) -> list[object]:
+def _parquet_values(unit: Unit, field: str | None) -> list[Any]:
     parquet = _open_parquet(Path(unit.file))
     try:
-        return parquet.read_row_groups(unit.row_groups, columns=[text_field])[text_field].to_pylist()
+        table = parquet.read_row_groups(unit.row_groups, columns=field and [field])
+        return table.to_pylist() if field is None else table[field].to_pylist()
     except (OSError, ValueError) as error:
         raise _damaged(unit.file, error) from error
 
@@ -307,21 +327,21 @@ def _zstd_blocks(raw) -> Iterator[tuple[bytes, int]]:
 # --- hub -------------------------------------------------------------------------------------------------------------
 
 
-def _hub(spec: str, text_field: str) -> Source:
+def _hub(spec: str, field: str | None, split: str) -> Source:
     _, name, *subset = spec.split(":")
     if not name or len(subset) > 1:
         raise InputError(f"data.source = {spec} is not a dataset: write hub:NAME or hub:NAME:SUBSET")
 
-    def rows() -> Iterator[tuple[object, int, int]]:
+    def values() -> Iterator[tuple[Any, int, int]]:
         datasets = _module("datasets", "reading from the hub")
         done = 0
         try:
-            for row in datasets.load_dataset(name, *subset, split="train", streaming=True):
-                if text_field not in row:
-                    raise InputError(f"{spec} has no column {text_field!r}: set data.text_field to one of {', '.join(row)}")
-                text = row[text_field] if isinstance(row[text_field], str) else None
-                done += len(text or "")
-                yield text, len(text or ""), done
+            for row in datasets.load_dataset(name, *subset, split=split, streaming=True):
+                if field is not None and field not in row:
+                    raise InputError(f"{spec} has no column {field!r}: set data.text_field to one of {', '.join(row)}")
+                value = row if field is None else row[field]
+                done += _size(value)
+                yield value, _size(value), done
         except InputError:
             raise
         except Exception as error:  # of the network, the hub's client or the dataset's own files
@@ -330,47 +350,16 @@ def _hub(spec: str, text_field: str) -> Source:
                 " command again, or give a local mirror's directory as data.source"
             ) from error
 
-    return Source(lambda: _group(spec, rows()), total_bytes=0, fingerprint=_digest(spec), local=False)
+    return Source(lambda: _group(spec, values()), total_bytes=0, fingerprint=_digest(f"{spec} {split}"), local=False)
 
 
 # --- the standard library --------------------------------------------------------------------------------------------
 
 
-def _stdlib(with_sources: bool) -> Source:
-    texts = list(dict.fromkeys(_stdlib_texts(with_sources)))  # some modules are copies of others
-    size = sum(map(len, texts))
+def _stdlib(with_sources: bool, form: str) -> Source:
+    rows: list[Any] = {"chat": stdlib.conversations, "multiple_choice": stdlib.questions}.get(
+        form, lambda: stdlib.texts(with_sources)
+    )()
+    size = sum(_size(row) for row in rows)
     name = f"the standard library of Python {sys.version.split()[0]}"
-    return Source(lambda: iter([Unit(name, 1, size, rows=texts)]), size, _digest("\0".join(texts)))
-
-
-def _stdlib_texts(with_sources: bool) -> Iterator[str]:
-    """One document a help topic and one a module: its source, or its documented names with signatures and docstrings."""
-    from pydoc_data import topics
-
-    for _, text in sorted(topics.topics.items()):
-        yield text
-    root = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        if _STDLIB_SKIPPED.intersection(parts) or file.name.startswith("_sysconfigdata") or parts[0] == "pydoc_data":
-            continue  # tests and the like, settings of this machine's build, and the help topics once more
-        try:
-            source = file.read_text(encoding="utf-8")
-            text = source if with_sources else _documentation(".".join(parts).removesuffix(".py"), source)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # some files are there to be broken
-            continue
-        if text.strip():
-            yield text
-
-
-def _documentation(module: str, source: str) -> str:
-    """The docstrings of a module, each under the name and signature that it explains."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tree = ast.parse(source)
-    sections = [f"{module}\n\n{ast.get_docstring(tree)}"] if ast.get_docstring(tree) else []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            signature = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
-            sections.append(f"{node.name}{signature}\n\n{ast.get_docstring(node)}")
-    return "\n\n\n".join(sections)
+    return Source(lambda: iter([Unit(name, 1, size, rows=rows)]), size, _digest(json.dumps(rows)))

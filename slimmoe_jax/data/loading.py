@@ -1,0 +1,47 @@
+"""What a run reads: its records, prepared first where they are missing and small, and the sources mixed into them."""
+
+from __future__ import annotations
+
+import sys
+
+from slimmoe_jax import config as config_lib
+from slimmoe_jax.config import DataConfig, InputError, ModelConfig
+from slimmoe_jax.data import prepare
+from slimmoe_jax.data.records import Mixture, Records, open_records
+
+# A local source up to this size is prepared on the way; a larger one is worth its own command.
+AUTO_PREPARE_BYTES = 2**30
+
+
+def open_all(data: DataConfig, model: ModelConfig) -> tuple[Records, Mixture]:
+    """The records of `data.source`, and the training records of that and of `data.mix` by weight.
+
+    Raises:
+      InputError: records are missing and their source is too large to prepare here, or they do not fit the config.
+    """
+    main = _open_or_prepare(data, model)
+    splits, weights = [main.split("train")], [1.0]
+    for weight, part in config_lib.mixed(data):
+        records = _open_or_prepare(prepare.with_tokenizer(part, main.directory), model)
+        if records.fingerprint != main.fingerprint:
+            raise InputError(
+                f"{records.directory}, of data.mix, was made with another tokenizer than {main.directory}: prepare it with that of"
+                f" {main.directory}"
+            )
+        splits.append(records.split("train"))
+        weights.append(weight)
+    return main, Mixture(splits, weights)
+
+
+def _open_or_prepare(data: DataConfig, model: ModelConfig) -> Records:
+    directory = config_lib.records_dir(data)
+    if not (directory / "manifest.json").exists():
+        source = prepare.open_source(data)
+        if not source.local or source.total_bytes > AUTO_PREPARE_BYTES:
+            raise InputError(
+                f"{directory} holds no records, and {data.source} is too large to prepare on the way: run"
+                " python -m slimmoe_jax.data.prepare with the same config and overrides first"
+            )
+        manifest = prepare.prepare(data, directory)
+        print("\n".join(prepare.summary_lines(manifest, directory)), file=sys.stderr, flush=True)
+    return open_records(directory, data.context, model)

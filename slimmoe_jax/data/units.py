@@ -1,0 +1,189 @@
+"""One unit of a source becomes files of records: what a worker process of `prepare` does.
+
+Text is one stream of documents, cut into records without regard to where they end; what is left at a unit's end is kept for the
+whole to join. Conversations and questions are packed (see `packing`). Every row that is not used is counted by its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimmoe_jax.config import DataConfig
+from slimmoe_jax.data import chat, multiple_choice, packing, records, tokenizers
+from slimmoe_jax.data import sources as sources_lib
+from slimmoe_jax.data.chat import Encoded
+from slimmoe_jax.data.sources import Unit
+
+SPLITS = ("train", "validation")
+REASONS = ("near_empty", "invalid", "too_long")  # why a row is left out
+COUNTS = ("documents", "tokens", "targets", "bytes", "cut")  # what is summed in each split
+_EXAMPLES = 5  # bad rows that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker needs to know."""
+
+    data: DataConfig
+    tokenizer: str  # for tokenizers.load
+    fingerprint: str  # of that tokenizer
+    folder: Path
+    dtype: str
+
+    @property
+    def length(self) -> int:
+        """Tokens in a record."""
+        return self.data.context + 1
+
+
+class Unused(Exception):
+    """A row that makes no example, and why: one of REASONS, and in words."""
+
+    def __init__(self, reason: str, words: str = ""):
+        super().__init__(reason)
+        self.reason, self.words = reason, words
+
+
+def process(job: Job, number: int, unit: Unit) -> dict[str, Any]:
+    """Turns a unit into records in the job's folder, and returns its summary, which is written last."""
+    started = time.process_time()
+    tokenizer = _loaded(job.tokenizer, job.fingerprint)
+    summary: dict[str, Any] = {key: dict.fromkeys(SPLITS, 0) for key in COUNTS}
+    summary |= {"skipped": dict.fromkeys(REASONS, 0), "examples": [], "files": {}, "size": unit.size}
+    examples: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
+    for split, example in _examples(job, unit, tokenizer, summary):
+        examples[split].append(example)
+        made = (1, len(example.tokens), int(np.sum(example.targets)), example.target_bytes, int(example.cut))
+        for key, value in zip(COUNTS, made, strict=True):
+            summary[key][split] += value
+    for split in SPLITS:
+        if job.data.format == "text":
+            stream = np.concatenate([np.empty(0, job.dtype), *(example.tokens for example in examples.pop(split))])
+            rows = len(stream) // job.length
+            write_array(rest_path(job.folder, number, split), stream[rows * job.length :])
+            made = stream[: rows * job.length].reshape(rows, job.length)
+        else:
+            made = packing.pack(examples.pop(split), job.length, job.dtype)
+        if len(made):
+            path = job.folder / f"{split}-{number:06}.npy"
+            write_array(path, made)
+            summary["files"][split] = entry(path, len(made))
+    summary["cpu_seconds"] = time.process_time() - started
+    write_json(summary_path(job.folder, number), summary)
+    return summary
+
+
+@functools.cache
+def _loaded(spec: str, fingerprint: str) -> tokenizers.Tokenizer:
+    return tokenizers.load(spec)
+
+
+def _examples(job: Job, unit: Unit, tokenizer: tokenizers.Tokenizer, summary: dict[str, Any]) -> Iterator[tuple[str, Encoded]]:
+    """The split and example of each row that makes one; the others are counted in the summary."""
+    encode = {"text": _document, "chat": _conversation, "multiple_choice": _question}[job.data.format]
+    for row, value in sources_lib.rows(unit, job.data.field):
+        try:
+            key, example = encode(value, job, tokenizer)
+        except Unused as error:
+            summary["skipped"][error.reason] += 1
+            if len(summary["examples"]) < _EXAMPLES:
+                words = f" ({error.words})" if error.words else ""
+                summary["examples"].append(f"{Path(unit.file).name} row {row}: {error.reason.replace('_', ' ')}{words}")
+            continue
+        # Arrays take a tenth of the memory of lists, and a unit's examples are all held at once.
+        example = example._replace(tokens=np.array(example.tokens, job.dtype), targets=np.array(example.targets, bool))
+        yield "validation" if _is_held_out(key, job.data.validation_fraction) else "train", example
+
+
+def _document(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[bytes, Encoded]:
+    """The text of a document and its tokens, all of them to be predicted."""
+    if not isinstance(value, str):
+        raise Unused("invalid", f"no text under {job.data.field!r}")
+    if len(value.strip()) < job.data.min_characters:
+        raise Unused("near_empty")
+    text = _utf8(value)
+    ids = [*tokenizer.encode(value), tokenizer.end_token]
+    return text, Encoded(ids, [True] * len(ids), len(text))
+
+
+def _conversation(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[bytes, Encoded]:
+    try:
+        turns = chat.turns_of(value)
+    except ValueError as error:
+        raise Unused("invalid", str(error)) from None
+    key = _utf8(json.dumps(turns, ensure_ascii=False))
+    if not any(turn.role == "assistant" for turn in turns):
+        raise Unused("invalid", "no assistant message")
+    return key, _fitting(chat.encode(turns, tokenizer, job.length))
+
+
+def _question(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[bytes, Encoded]:
+    try:
+        question = multiple_choice.parse(value)
+    except ValueError as error:
+        raise Unused("invalid", str(error)) from None
+    key = _utf8(json.dumps([question.query, question.choices], ensure_ascii=False))
+    return key, _fitting(multiple_choice.encode(question, tokenizer, job.length, job.data.choice_style))
+
+
+def _fitting(example: Encoded | None) -> Encoded:
+    if example is None:
+        raise Unused("too_long")
+    return example
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise Unused("invalid", "not Unicode") from None
+
+
+def _is_held_out(key: bytes, fraction: float) -> bool:
+    """Decided by the text alone, so that copies of a document fall on the same side."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < fraction * 2**64
+
+
+# --- files of a unit -------------------------------------------------------------------------------------------------
+
+
+def summary_path(folder: Path, number: int) -> Path:
+    return folder / f"unit-{number:06}.json"
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summaries of the finished units, in order."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("unit-??????.json"))]
+
+
+def rest_path(folder: Path, number: int, split: str) -> Path:
+    """Where a unit of text keeps the tokens that fill no record."""
+    return folder / f"unit-{number:06}.{split}.npy"
+
+
+def entry(path: Path, rows: int) -> dict[str, Any]:
+    """A file of records as the manifest lists it."""
+    return {"file": path.name, "records": rows, "sha256": records.sha256(path)}
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=2) + "\n")
+    os.replace(temporary, path)
