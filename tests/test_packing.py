@@ -1,0 +1,252 @@
+"""Packing: everything is placed once, records are full, and an example in company has the loss that it has alone."""
+
+import itertools
+import json
+import os
+import random
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slimmoe_jax import losses, model, routing, step
+from slimmoe_jax.config import DataConfig, InputError, ModelConfig, RouterConfig, TrainConfig
+from slimmoe_jax.data import packing, prepare, records
+from slimmoe_jax.data.chat import Encoded
+
+
+def test_every_example_is_placed_once_and_no_bin_overflows():
+    rng = random.Random(0)
+    for capacity in (1, 7, 64, 2_049):
+        lengths = [rng.randint(1, capacity) for _ in range(500)]
+        bins = packing.best_fit(lengths, capacity)
+        assert sorted(itertools.chain(*bins)) == list(range(500))
+        assert all(sum(lengths[i] for i in members) <= capacity for members in bins)
+
+
+def test_best_fit_takes_the_fullest_bin_with_room():
+    """6, 5, 4, 3 and 2 into bins of 10: 6 + 4, 5 + 3 + 2. Written out, longest first, by a search through all bins."""
+    assert packing.best_fit([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
+    rng = random.Random(1)
+    lengths = [rng.randint(1, 50) for _ in range(300)]
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [n for n, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting, key=lambda n: rooms[n])] -= length
+        else:
+            rooms.append(50 - length)
+    assert len(packing.best_fit(lengths, 50)) == len(rooms)
+
+
+def examples(count, longest, seed=0):
+    """Random tokens above 0, of which a run at the end is to be predicted."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        length = int(rng.integers(2, longest + 1))
+        targets = np.arange(length) >= rng.integers(1, length)
+        made.append(Encoded(rng.integers(1, 50, length), targets, 0))
+    return made
+
+
+def test_packed_records_hold_the_examples():
+    made = examples(40, 30)
+    packed = packing.pack(made, 64, "uint16")
+    found = []
+    for tokens, segments, targets in packed:
+        assert (np.diff(segments.astype(int)[segments > 0]) >= 0).all() and not tokens[segments == 0].any()
+        for segment in range(1, segments.max() + 1):
+            found.append((tokens[segments == segment].tolist(), targets[segments == segment].tolist()))
+    assert sorted(found) == sorted((e.tokens.tolist(), e.targets.astype(int).tolist()) for e in made)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [RouterConfig(), RouterConfig(kind="top_k", renormalize=True), RouterConfig(kind="relu")],
+    ids=lambda router: router.kind,
+)
+def test_an_example_in_company_has_the_loss_that_it_has_alone(router):
+    """Alone: its own tokens from position 0, no segments, the plain formula over its targets. 1e-5 nats a token."""
+    config = ModelConfig(
+        vocab_size=50, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0), expert_hidden=24,
+        dropout=0.0, init_std=0.2, router=router,
+    )  # fmt: skip
+    network, state = model.SlimMoE(config), routing.RouterState.initial(config)
+    params = nn.unbox(model.init(network, jax.random.key(0)))
+    made = examples(9, 30)
+    packed = packing.pack(made, 64, "uint16").astype(np.int32)
+
+    @jax.jit
+    def in_company(batch):
+        inputs = step.inputs_of(batch, None)
+        out = network.apply(
+            {"params": params}, inputs["tokens"], state, positions=inputs["positions"], segments=inputs["segments"],
+            valid=inputs["valid"],
+        )  # fmt: skip
+        return losses.token_nll(out.hidden, out.head, inputs["targets"]) * inputs["weights"], out.stats.tokens
+
+    nll, counted = in_company({name: packed[:, n] for n, name in enumerate(packing.CHANNELS)})
+    assert (np.asarray(counted) == (packed[:, 1, :-1] > 0).sum()).all(), "padding is not among what the routers balance"
+
+    @jax.jit
+    def alone(tokens):
+        log_probabilities = jax.nn.log_softmax(network.apply({"params": params}, tokens[:, :-1], state).logits())
+        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[0, :, 0]
+
+    bins = packing.best_fit([len(e.tokens) for e in made], 64)
+    for record, members in enumerate(bins):
+        for segment, member in enumerate(members, start=1):
+            example = made[member]
+            # Padded on the right, which causal attention does not see, so that all lengths share a program.
+            tokens = np.pad(example.tokens, (0, 30 - len(example.tokens)))[None]
+            expected = np.asarray(alone(tokens))[: len(example.tokens) - 1][example.targets[1:]].sum()
+            actual = np.asarray(nll)[record][packed[record, 1, 1:] == segment].sum()
+            np.testing.assert_allclose(actual / example.targets.sum(), expected / example.targets.sum(), atol=1e-5)
+
+
+# --- from rows to batches --------------------------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def conversation(n):
+    words = " ".join(f"word{(n * 7 + i) % 50}" for i in range(3 + n % 9))
+    return {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": f"Because {words}."}]}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Records of conversations and of text, GPT-2 vocabulary, context 64."""
+    folder = tmp_path_factory.mktemp("packed")
+    rows = [conversation(n) for n in range(200)] + [{"messages": []}, {"other": 1}]
+    rows += [{"messages": [{"role": "user", "content": "?"}]}]
+    rows += [{"messages": [{"role": "user", "content": "long " * 90}, {"role": "assistant", "content": "x"}]}]
+    chats = DataConfig(source=write_rows(folder / "chat.jsonl", rows), format="chat", context=64, validation_fraction=0.1)
+    text = DataConfig(
+        source=write_rows(folder / "text.jsonl", [{"text": f"Text {n} " * 9} for n in range(90)]),
+        context=64,
+        validation_fraction=0.1,
+    )
+    for name, data in (("chat", chats), ("text", text)):
+        prepare.prepare(data, folder / name, workers=1)
+    return folder
+
+
+def test_every_conversation_is_in_the_records_or_counted(prepared):
+    found = records.open_records(prepared / "chat")
+    manifest = found.manifest
+    assert manifest["skipped"] == {"near_empty": 0, "invalid": 3, "too_long": 1}
+    tokenizer, questions = found.tokenizer(), set()
+    for name in ("train", "validation"):
+        batch = found.split(name).batch(np.arange(len(found.split(name))))
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
+            for segment in range(1, segments.max() + 1):
+                text = tokenizer.decode(tokens[segments == segment])
+                assert text.startswith("<|user|>\nQuestion ") and text.endswith(".<|endoftext|>")
+                questions.add(int(text.split("?")[0].split()[-1]))
+    assert questions == set(range(200))
+
+
+def test_records_do_not_depend_on_workers(prepared, tmp_path):
+    data = DataConfig(source=str(prepared / "chat.jsonl"), format="chat", context=64, validation_fraction=0.1)
+    again = prepare.prepare(data, tmp_path / "again", workers=2)
+    assert again["splits"] == records.open_records(prepared / "chat").manifest["splits"]
+
+
+def mixture(folder, weights):
+    return records.Mixture([records.open_records(folder / name).split("train") for name in ("chat", "text")], weights)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def test_mixtures_follow_their_weights_and_give_text_as_one_segment(prepared):
+    mixed = mixture(prepared, [1.0, 0.25])
+    taken = take(records.batches(mixed, 8, seed=0), 100)
+    numbers = np.concatenate([batch["records"] for batch in taken])
+    assert abs((numbers >= mixed.first[1]).mean() - 0.2) < 0.01
+    for batch in taken:
+        text = batch["records"] >= mixed.first[1]
+        assert (batch["segments"][text] == 1).all() and (batch["targets"][text] == 1).all()
+        assert batch["tokens"].shape == batch["segments"].shape == (8, 65)
+
+
+def test_mixtures_go_on_exactly_and_do_not_depend_on_processes(prepared):
+    mixed = mixture(prepared, [1.0, 0.5])
+    whole = [batch["records"].tolist() for batch in take(records.batches(mixed, 4, seed=1), 80)]
+    first = records.batches(mixed, 4, seed=1)
+    take(first, 17)
+    second = records.batches(mixed, 4, seed=1, workers=1)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    assert [batch["records"].tolist() for batch in take(second, 63)] == whole[17:]
+    halves = [take(records.batches(mixed, 4, seed=1, process=p, processes=2), 80) for p in range(2)]
+    assert [a["records"].tolist() + b["records"].tolist() for a, b in zip(*halves, strict=True)] == whole
+    own = [n for batch in whole for n in batch if n < mixed.first[1]]
+    assert sorted(own[: mixed.first[1]]) == list(range(mixed.first[1])), "each source goes through epochs of its own"
+
+
+@pytest.mark.parametrize("entry", ["stdlib", "0:stdlib", "-1:stdlib", "nan:stdlib", "1:", "x:stdlib"])
+def test_mixtures_that_cannot_be_read_are_refused(entry):
+    from slimmoe_jax import validation
+    from slimmoe_jax.config import override
+
+    with pytest.raises(InputError, match="write WEIGHT:SOURCE"):
+        validation.validate(override(TrainConfig(), {"data.mix": (entry,)}))
+
+
+def test_mixed_sources_may_have_another_format():
+    from slimmoe_jax import config as config_lib
+
+    data = DataConfig(source="a.jsonl", format="chat", mix=("0.5:text:hub:b:c", "2:d.jsonl", "1:stdlib:sources"))
+    parts = [(weight, part.format, part.source, part.field) for weight, part in config_lib.mixed(data)]
+    assert parts == [
+        (0.5, "text", "hub:b:c", "text"),
+        (2.0, "chat", "d.jsonl", "messages"),
+        (1.0, "chat", "stdlib:sources", "messages"),
+    ]
+
+
+def test_plain_text_holds_no_conversations(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(InputError, match="set data.format to text"):
+        prepare.open_source(DataConfig(source=str(tmp_path / "a.txt"), format="chat"))
+
+
+def test_text_where_conversations_should_be_is_named(tmp_path):
+    source = write_rows(tmp_path / "a.jsonl", [{"text": "hello"}])
+    with pytest.raises(
+        InputError, match="holds no conversation of at most 65 tokens under 'messages'.*check data.source, data.format"
+    ):
+        prepare.prepare(DataConfig(source=source, format="chat", context=64), tmp_path / "out", workers=1)
+
+
+def test_a_directory_gives_only_the_files_of_the_split(tmp_path):
+    for name in ("train_sft-00000.jsonl", "train_sft-00001.jsonl", "test_sft-00000.jsonl", "train.jsonl"):
+        write_rows(tmp_path / name, [conversation(hash(name) % 100)])
+    for split, count in (("train_sft", 2), ("test_sft", 1), ("train", 1), ("absent", 4), ("", 4)):
+        units = prepare.open_source(DataConfig(source=str(tmp_path), format="chat", split=split)).units()
+        assert len({unit.file for unit in units}) == count, split
+
+
+@pytest.mark.parametrize("form", ["chat", "multiple_choice"])
+def test_the_standard_library_holds_conversations_and_questions(tmp_path, form):
+    data = DataConfig(source="stdlib", format=form, context=256, validation_fraction=0.05)
+    manifest = prepare.prepare(data, tmp_path / "out", workers=1)
+    assert manifest["splits"]["train"]["documents"] > 2_000 and manifest["skipped"]["invalid"] == 0
+
+
+@pytest.mark.parametrize(("name", "form"), [("chat", "chat"), ("mcq", "multiple_choice")])
+def test_real_rows_fill_their_records(tmp_path, name, form):
+    folder = os.environ.get("SLIMMOE_DATA")
+    if not folder:
+        pytest.skip("SLIMMOE_DATA is not set")
+    data = DataConfig(source=f"{folder}/{name}.jsonl.zst", format=form, context=2_048, validation_fraction=0.05)
+    train = prepare.prepare(data, tmp_path / "out", workers=1)["splits"]["train"]
+    assert train["tokens"] / (train["records"] * 2_049) > 0.95
