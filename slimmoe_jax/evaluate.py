@@ -1,25 +1,44 @@
-"""Held-out loss, perplexity and bits a byte.
+"""Evaluates a run: held-out loss, perplexity and bits a byte, loss by position, and multiple choice by log-likelihood.
 
-`python -m slimmoe_jax.evaluate --checkpoint runs/quickstart`
+`python -m slimmoe_jax.evaluate --checkpoint RUN [--by-position] [--tasks FILE.jsonl ...] [--shots 5] [--out FILE.json]`
+
+A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is not given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import checkpoint, cli, sharding, state, step
+import slimmoe_jax
+from slimmoe_jax import checkpoint, cli, contamination, likelihood, losses, sharding, state, step, tasks
 from slimmoe_jax import config as config_lib
-from slimmoe_jax.config import InputError, MeshConfig
+from slimmoe_jax.checkpoint import Run
+from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
 from slimmoe_jax.data import records as records_lib
+from slimmoe_jax.data import tokenizers
+from slimmoe_jax.data.multiple_choice import Style
+from slimmoe_jax.model import SlimMoE
+from slimmoe_jax.progress import Meter
 from slimmoe_jax.routing import RouterState
+
+# --- held-out loss ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,32 +73,245 @@ def held_out(
     return HeldOut(loss, int(targets), loss / math.log(2) / bytes_per_token)
 
 
+def make_position_step(config: TrainConfig, model: SlimMoE, end_token: int) -> Callable:
+    """The function (params, router, batch) -> (sums of nats [S], numbers of targets [S]) by position.
+
+    A target's position is the number of tokens that the model could have attended to before the one that it reads: where
+    attention is kept within documents, it counts from the document's start.
+    """
+
+    def position_step(params: Any, router: RouterState, batch: step.Batch) -> tuple[jax.Array, jax.Array]:
+        inputs = step.inputs_of(batch, end_token if config.data.document_mask else None)
+        tokens, positions = inputs["tokens"], inputs.get("positions")
+        out = model.apply({"params": params}, tokens, router, positions=positions, segments=inputs.get("segments"))
+        nll = losses.token_nll(out.hidden, out.head, inputs["targets"])
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        zeros = jnp.zeros(tokens.shape[1], jnp.float32)
+        return zeros.at[positions].add(nll * inputs["weights"]), zeros.at[positions].add(inputs["weights"])
+
+    return position_step
+
+
+def position_bins(length: int, kind: Literal["powers", "equal"]) -> list[tuple[int, int]]:
+    """Bins [first, last] of positions 0 to length - 1: 0, 1, 2-3, 4-7, ..., or up to 16 of equal width."""
+    width = math.ceil(length / 16)
+    starts = [0, *(2**n for n in range(length.bit_length()))] if kind == "powers" else list(range(0, length, width))
+    starts = [start for start in starts if start < length]
+    return [(first, after - 1) for first, after in zip(starts, [*starts[1:], length], strict=True)]
+
+
+def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_lib.Records, mesh: Mesh) -> dict[str, Any]:
+    """Held-out loss and, if asked for, loss by position."""
+    split = records.split("validation")
+    rows = sharding.padded_rows(args.batch_size, mesh)
+    total = -(-len(split) // rows)
+    total = min(total, args.batches) if args.batches else total
+    batches = _metered(records_lib.evaluation_batches(split, rows, args.batches), total)
+    result: dict[str, Any] = {"records": str(records.directory)}
+    if args.by_position == "no":
+        eval_step = jax.jit(step.make_eval_step(run.config, model, records.end_token))
+        scored = held_out(eval_step, run.params, run.router, batches, mesh, split.bytes_per_token)
+    else:
+        position_step = jax.jit(make_position_step(run.config, model, records.end_token))
+        sums = [position_step(run.params, run.router, sharding.put_batch(batch, mesh)) for batch in batches]
+        nats, targets = (np.sum(column, axis=0, dtype=np.float64) for column in zip(*jax.device_get(sums), strict=True))
+        loss = float(nats.sum() / targets.sum())
+        scored = HeldOut(loss, int(targets.sum()), loss / math.log(2) / split.bytes_per_token)
+        result["by_position"] = [
+            {
+                "first": first,
+                "last": last,
+                "targets": int(targets[first : last + 1].sum()),
+                "loss": float(nats[first : last + 1].sum() / targets[first : last + 1].sum()),
+            }
+            for first, last in position_bins(records.context, args.by_position)
+            if targets[first : last + 1].sum()
+        ]
+    return dataclasses.asdict(scored) | {"perplexity": scored.perplexity} | result
+
+
+def _metered(batches: Iterable[dict[str, np.ndarray]], total: int) -> Iterable[dict[str, np.ndarray]]:
+    with Meter("held-out", total) as meter:
+        for number, batch in enumerate(batches, start=1):
+            yield batch
+            meter.update(number, f"batch {number}/{total}")
+
+
+# --- provenance ------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(params: Any, router: RouterState) -> str:
+    """sha256 over each parameter's name, type, shape and bytes, and the router state's: the same wherever the weights lie."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "router": router}):
+        values = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _provenance(argv: Sequence[str], run: Run, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """What the results were made with, enough to make them again."""
+    behind, lost = contamination.stages(run.directory, run.config)
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+    return {
+        "command": shlex.join(["python", "-m", "slimmoe_jax.evaluate", *argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"slimmoe_jax": slimmoe_jax.__version__, **packages, "python": platform.python_version()},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "checkpoint": str(run.directory),
+        "step": run.step,
+        "precision": run.config.precision,
+        "weights_sha256": fingerprint(run.params, run.router),
+        "tokenizer": tokenizers.describe(tokenizer),
+        "stages": [dataclasses.asdict(stage) for stage in behind] + ([{"run": lost, "sources": None}] if lost else []),
+    }
+
+
+# --- what a person reads ---------------------------------------------------------------------------------------------
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The results as lines of text."""
+    lines = [f"{result['checkpoint']}, step {result['step']}, weights {result['weights_sha256'][:12]}"]
+    if "loss" in result:
+        lines += [
+            f"held-out loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f},"
+            f" {result['bits_per_byte']:.4f} bits a byte; {result['tokens']:,} targets of {result['records']}"
+        ]
+    if "by_position" in result:
+        lines += ["", f"{'position':>13} {'nats a token':>14} {'targets':>12}"]
+        for row in result["by_position"]:
+            name = f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"])
+            lines.append(f"{name:>13} {row['loss']:>14.4f} {row['targets']:>12,}")
+    if "tasks" in result:
+        names = [f"by {way}" for way in ("sum", "token", "byte")]
+        head = f"{'accuracy':<28} {'questions':>9} {'chance':>7}" + "".join(f"  {name:<21}" for name in names)
+        lines += ["", head.rstrip()]
+        for task in result["tasks"]:
+            lines.append(_row(task["name"] + ("*" if task.get("contaminated_by") else ""), task))
+            lines += [_row(f"  {subject or '(no subject)'}", row) for subject, row in task["subjects"].items()]
+        lines += [note for task in result["tasks"] for note in _notes(task)]
+        unknown = [stage["run"] for stage in result["stages"] if stage["sources"] is None]
+        lines += [f"{run}, where the weights came from, is not here: what it was trained on is unknown" for run in unknown]
+    return "\n".join(lines)
+
+
+def _row(name: str, row: Mapping[str, Any]) -> str:
+    cells = [f"{a['value']:6.1%} ({a['low']:.1%}-{a['high']:.1%})" for a in row["accuracy"].values()]
+    return (f"{name:<28} {row['questions']:>9,} {row['chance']:>7.1%}" + "".join(f"  {cell:<21}" for cell in cells)).rstrip()
+
+
+def _notes(task: Mapping[str, Any]) -> list[str]:
+    """What a reader of a task's row must know."""
+    notes = []
+    if task.get("contaminated_by"):
+        notes.append(f"* {task['name']} is contaminated: {task['contaminated_by']}")
+    if task["invalid"]:
+        notes.append(
+            f"{task['name']}: {task['invalid']} of {task['rows']} rows are no questions: {'; '.join(task['invalid_rows'])}"
+        )
+    if task["too_long"]:
+        notes.append(f"{task['name']}: {task['too_long']} questions left out, with a choice longer than the context")
+    if task["examples_dropped"]:
+        notes.append(f"{task['name']}: {task['examples_dropped']} examples dropped, for which the context had no room")
+    if task["prompts_cut"]:
+        notes.append(f"{task['name']}: {task['prompts_cut']} prompts cut at their start, {task['tokens_cut']} tokens in all")
+    return notes
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
     checkpoint: str = ""  # folder of a run (its newest weights), RUN/STEP or RUN/best
-    records: str = ""  # folder of prepared records; empty: those of the run
+    tasks: tuple[str, ...] = ()  # files of questions, .jsonl[.gz|.zst] or .parquet; none: held-out loss
+    style: Literal["auto", "cloze", "letters"] = "auto"  # ask for the answer or for a letter; auto: the run's data.choice_style
+    shots: int = 0  # solved examples before each question
+    shots_from: str = ""  # file of questions that the examples come from; empty: the task's own other questions
+    limit: int = 0  # questions of each task, from its first; 0: all
+    held_out: bool = False  # held-out loss beside the tasks (True may be left out)
+    by_position: Literal["no", "powers", "equal"] = "no"  # held-out loss in bins of position (powers may be left out)
+    records: str = ""  # folder of prepared records, of any context; empty: those of the run
     batches: int = 0  # batches of validation records; 0: all
-    batch_size: int = 8  # sequences at a time
+    batch_size: int = 8  # sequences at a time, over all devices
+    seed: int = 0  # of the choice of examples and of the bootstrap
+    out: str = ""  # file for the results as JSON; empty: stdout
+
+
+# What a flag means that stands without a value.
+BARE = {"--by-position": "powers", "--held-out": "True"}
+
+
+def parse(argv: Sequence[str]) -> EvaluateArgs:
+    """The checked arguments.
+
+    Raises:
+      InputError: names the flag.
+    """
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words += [word, BARE[word]] if word in BARE and following.startswith("--") else [word]
+    args = cli.parse(EvaluateArgs, words, prog="evaluate", description=__doc__.splitlines()[0], default=EvaluateArgs())
+    if not args.checkpoint:
+        raise InputError("--checkpoint is missing: give the folder of a training run")
+    for name, least in (("shots", 0), ("limit", 0), ("batches", 0), ("seed", 0), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
+    if not args.tasks and (args.shots or args.shots_from):
+        raise InputError("--shots is of use to --tasks alone: name a file of questions")
+    if args.shots_from and not args.shots:
+        raise InputError("--shots-from needs --shots: say how many examples")
+    if args.out and not Path(args.out).expanduser().absolute().parent.is_dir():
+        raise InputError(f"--out {args.out}: its folder does not exist: make it, or name another file")
+    return args
 
 
 def main(argv: Sequence[str]) -> None:
-    args = cli.parse(EvaluateArgs, argv, prog="evaluate", description=__doc__.splitlines()[0], default=EvaluateArgs())
-    if not args.checkpoint:
-        raise InputError("--checkpoint is missing: give the folder of a training run")
+    args = parse(argv)
+    to_do = [tasks.read(file) for file in args.tasks]
+    pool = tasks.read(args.shots_from).questions if args.shots_from else ()
     mesh = sharding.make_mesh(MeshConfig())
     run = checkpoint.load_run(args.checkpoint, mesh)
-    records = records_lib.open_records(args.records or config_lib.records_dir(run.config.data), run.config.data.context)
-    records_lib.check_same_tokenizer(records, run.directory)
-    split = records.split("validation")
-    eval_step = step.make_eval_step(run.config, state.build_model(run.config), records.end_token)
-    with sharding.use(mesh):
-        result = held_out(
-            jax.jit(eval_step), run.params, run.router,
-            records_lib.evaluation_batches(split, sharding.padded_rows(args.batch_size, mesh), args.batches), mesh,
-            split.bytes_per_token,
-        )  # fmt: skip
-    row = {"checkpoint": str(run.directory), "step": run.step} | dataclasses.asdict(result)
-    print(json.dumps(row | {"perplexity": result.perplexity}, indent=2))
+    if run.config.compilation_cache:  # several widths, several programs: the second evaluation starts at once
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.config.compilation_cache))
+    model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory)
+    records = None
+    if not to_do or args.held_out or args.by_position != "no":
+        context = None if args.records else run.config.data.context
+        records = records_lib.open_records(args.records or config_lib.records_dir(run.config.data), context)
+        records_lib.check_same_tokenizer(records, run.directory)
+
+    result = _provenance(argv, run, tokenizer)
+    if records is not None:
+        with sharding.use(mesh):
+            result |= _validation(args, run, model, records, mesh)
+    if to_do:
+        scorer = likelihood.Scorer(model, run.params, run.router, mesh, args.batch_size)
+        behind, _ = contamination.stages(run.directory, run.config)
+        result["tasks"] = [_task(task, args, scorer, tokenizer, run, pool, behind) for task in to_do]
+    print(table(result), file=sys.stderr)
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    if args.out:
+        Path(args.out).expanduser().write_text(text + "\n")
+    else:
+        print(text)
+
+
+def _task(
+    task: tasks.Task, args: EvaluateArgs, scorer: likelihood.Scorer, tokenizer: tokenizers.Tokenizer, run: Run,
+    pool: tuple[Any, ...], behind: Sequence[contamination.Stage],
+) -> dict[str, Any]:  # fmt: skip
+    """A task's results, with where its examples came from and what contaminates it."""
+    shots = tasks.Shots(args.shots, pool or task.questions, args.seed)
+    style: Style = run.config.data.choice_style if args.style == "auto" else args.style
+    result = tasks.evaluate(task, scorer, tokenizer, run.config.data.context, style=style, shots=shots, limit=args.limit)
+    if args.shots:
+        result["shots_from"] = args.shots_from or str(task.path)
+    reason = contamination.contaminated_by(task.name, task.path, behind)
+    return result | ({"contaminated_by": reason} if reason else {})
 
 
 if __name__ == "__main__":

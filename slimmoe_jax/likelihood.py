@@ -1,0 +1,113 @@
+"""Log-likelihood of continuations, batched by length and split over the devices.
+
+Axes: B batch, S sequence, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from slimmoe_jax import sharding
+from slimmoe_jax.model import SlimMoE
+from slimmoe_jax.progress import Meter, short
+from slimmoe_jax.routing import RouterState
+
+# Widths are multiples of this, so that few programs are compiled; it is also the tile of positions whose logits exist at once.
+WIDTH_MULTIPLE = 64
+
+
+class Pair(NamedTuple):
+    """What is given and what is scored, as tokens. Neither is empty."""
+
+    given: Sequence[int]
+    scored: Sequence[int]
+
+
+class Score(NamedTuple):
+    log_likelihood: float  # of all scored tokens together, nats
+    greedy: bool  # whether each scored token is the likeliest in its place
+
+
+class Scorer:
+    """Scores pairs with one model, `batch_size` sequences at a time (rounded up to a multiple of the devices)."""
+
+    def __init__(self, model: SlimMoE, params: Any, router: RouterState, mesh: Mesh, batch_size: int):
+        self._model, self._params, self._router, self._mesh = model, params, router, mesh
+        self._rows = sharding.padded_rows(batch_size, mesh)
+
+    def __call__(self, pairs: Sequence[Pair], label: str = "score") -> list[Score]:
+        """The score of each pair, in the order given. The caller sees to it that pairs fit the model's context.
+
+        Longest first: memory that does not suffice shows at once, and the time left is never underestimated.
+        """
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].given) - len(pairs[i].scored))
+        scores: list[Score] = [Score(0.0, True)] * len(pairs)
+        done = tokens = 0
+        pending: tuple[list[int], Any] | None = None
+
+        def collect(chunk: list[int], sums: Any) -> None:
+            for place, total, greedy in zip(chunk, *(column.tolist() for column in jax.device_get(sums)), strict=False):
+                scores[place] = Score(total, greedy)
+
+        with sharding.use(self._mesh), Meter(label, len(pairs)) as meter:
+            for start in range(0, len(order), self._rows):
+                chunk = order[start : start + self._rows]
+                batch = sharding.put_batch(padded([pairs[i] for i in chunk], self._rows), self._mesh)
+                sums = score_batch(self._model, self._params, self._router, batch)
+                if pending:  # the batch before is read while this one runs
+                    collect(*pending)
+                pending = (chunk, sums)
+                done, tokens = done + len(chunk), tokens + sum(len(pairs[i].given) + len(pairs[i].scored) for i in chunk)
+                meter.update(done, f"{done:,}/{len(pairs):,} continuations, {short(tokens)} tokens")
+            if pending:
+                collect(*pending)
+        return scores
+
+
+def padded(pairs: Sequence[Pair], rows: int) -> dict[str, np.ndarray]:
+    """Pairs as a batch, padded on the right, where causal attention never looks, and below with rows of weight 0.
+
+    Returns: tokens, targets [rows, S] int32 and weights [rows, S] float32, 1 where a target is scored.
+    """
+    longest = max(len(given) + len(scored) for given, scored in pairs) - 1
+    shape = (rows, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    batch = {"tokens": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32), "weights": np.zeros(shape, np.float32)}
+    for row, (given, scored) in enumerate(pairs):
+        ids, last = [*given, *scored], len(given) + len(scored) - 1
+        batch["tokens"][row, :last], batch["targets"][row, :last] = ids[:-1], ids[1:]
+        batch["weights"][row, len(given) - 1 : last] = 1
+    return batch
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def score_batch(model: SlimMoE, params: Any, router: RouterState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The log-likelihood [B] float32 and greedy [B] bool of a batch of `padded`, whose width is a multiple of WIDTH_MULTIPLE.
+
+    Tiles run along the sequence, as in `losses.token_nll`, so that no device holds the logits of all its tokens; here the likeliest
+    token is wanted from the same logits as well.
+    """
+    out = model.apply({"params": params}, batch["tokens"], router)
+
+    def tile(xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, weights = xs
+        logits = jnp.einsum("BSD,DV->BSV", hidden, out.head, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        log_likelihood = (chosen - jax.nn.logsumexp(logits, axis=-1)) * weights
+        greedy = (logits.argmax(axis=-1) == targets) | (weights == 0)
+        return log_likelihood.sum(axis=1), greedy.all(axis=1)
+
+    sums, greedy = jax.lax.map(tile, tuple(_tiles(x) for x in (out.hidden, batch["targets"], batch["weights"])))
+    return sums.sum(axis=0), greedy.all(axis=0)
+
+
+def _tiles(x: jax.Array) -> jax.Array:
+    """[B, S, ...] -> [S / tile, B, tile, ...]."""
+    rows, width = x.shape[:2]
+    return jnp.moveaxis(x.reshape(rows, width // WIDTH_MULTIPLE, WIDTH_MULTIPLE, *x.shape[2:]), 1, 0)
