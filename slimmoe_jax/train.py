@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -145,7 +146,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     if config.eval.ngrams:
         _compare_with_ngrams(config, records, validation_loss)
     say(f"finished {number} steps; the run is in {workdir}. Next:")
-    say(f'  python -m slimmoe_jax.generate --checkpoint {workdir} --prompt "{config.eval.prompt}"')
+    how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
+    say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
     say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
     say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
     return 0
@@ -211,6 +213,7 @@ def _evaluate(
         row["sample"] = generate.sample_text(
             model, train_state.params, train_state.router, records.tokenizer(), config.eval.prompt,
             new_tokens=config.eval.sample_tokens, temperature=config.eval.temperature, seed=config.seed,
+            as_chat=config.data.format == "chat",
         )  # fmt: skip
     log.evaluation(row)
     return result

@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from slimmoe_jax import metrics
+from slimmoe_jax import cli, metrics
+from slimmoe_jax import train as train_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = """
@@ -142,6 +143,24 @@ def test_weights_start_another_run(folder, reference):
     assert losses(folder, "next")[0] < reference[0]
 
 
+def test_a_stage_on_conversations_and_text_inherits_its_tokenizer_and_resumes_exactly(folder, reference):
+    """Packed records mixed with text, dropout on, cut in mid-epoch."""
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n * n}."}]} for n in range(90)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--init-from", "whole", "--data.source", "chat.jsonl", "--data.format", "chat", "--data.mix", "0.5:text:text.jsonl"]
+    flags += ["--data.records", "chats", "--data.tokenizer", "inherit", "--data.train-tokenizer", "0", "--eval.prompt", "3?"]
+    stderr = train(folder, "--workdir", "stage", *flags)
+    assert "starting from the weights of whole, step 8" in stderr and "--chat" in stderr
+    assert json.loads((folder / "stage" / "config.json").read_text())["data"]["tokenizer"] == "whole/tokenizer.model"
+    sample = metrics.read_jsonl(folder / "stage" / "metrics.jsonl")[-1]["sample"]
+    assert sample.startswith("<|user|>\n3?") and "<|assistant|>" in sample, "the sample answers in the format of training"
+    train(folder, "--workdir", "cut-stage", "--steps", "5", *flags)
+    train(folder, "--workdir", "cut-stage", *flags)
+    assert losses(folder, "cut-stage") == losses(folder, "stage")
+    for a, b in zip(weights(folder, "cut-stage"), weights(folder, "stage"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -154,17 +173,27 @@ def test_weights_start_another_run(folder, reference):
         (["--data.source", "absent.jsonl", "--data.records", "elsewhere"], "absent.jsonl does not exist"),
         (["--workdir", "whole", "--model.width", "64"], "model.width = 32"),
         (["--init-from", "nowhere"], "holds no run"),
+        (["--data.tokenizer", "inherit", "--data.train-tokenizer", "0"], "name it with --init-from"),
+        (["--init-from", "nowhere", "--data.tokenizer", "inherit", "--data.train-tokenizer", "0"], "holds no run"),
+        (["--data.mix", "stdlib"], "write WEIGHT:SOURCE"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
         (["--config", "absent.py"], "absent.py"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(folder, reference, flags, message):
-    arguments = ["--workdir", "bad", *flags]
+def test_bad_input_is_one_line_and_writes_nothing(folder, reference, flags, message, monkeypatch, capsys):
     before = sorted(str(path) for path in folder.rglob("*"))
-    done = subprocess.run(command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ") and message in done.stderr
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "tiny.py", "--workdir", "bad", *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train_lib.main)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.count("\n") == 1 and stderr.startswith("error: ") and message in stderr
     assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_bad_input_ends_the_command_with_2(folder):
+    done = subprocess.run(command("--model.kv-heads", "3"), cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: model.kv_heads = 3") and done.stderr.count("\n") == 1
 
 
 def test_another_tokenizer_is_refused_though_its_size_fits(folder, reference):
