@@ -84,14 +84,24 @@ def test_loss_by_position_adds_up_to_the_held_out_loss(params):
     rng = np.random.default_rng(0)
     batches = [{"tokens": rng.integers(0, 50, (8, 33), np.int32), "weight": np.array([1.0] * 6 + [0.0] * 2, np.float32)}] * 2
     mesh = sharding.make_mesh(MeshConfig())
-    for masked in (False, True):
+    for masked, packed in ((False, False), (True, False), (False, True)):
         config = TrainConfig(model=CONFIG, data=DataConfig(document_mask=masked))
+        if packed:  # two examples a record, the second half of each to be predicted, and padding at the end
+            segments = np.array([[1] * 12 + [2] * 16 + [0] * 5] * 8, np.int32)
+            targets = np.array([[0] * 6 + [1] * 6 + [0] * 8 + [1] * 8 + [0] * 5] * 8, np.int32)
+            batches = [batch | {"segments": segments, "targets": targets} for batch in batches]
         with sharding.use(mesh):
             whole = evaluate.held_out(jax.jit(step.make_eval_step(config, MODEL, 1)), params, ROUTER, batches, mesh, 4.0)
             position_step = jax.jit(evaluate.make_position_step(config, MODEL, 1))
             nats, targets = position_step(params, ROUTER, sharding.put_batch(batches[0], mesh))
-        assert whole.tokens == 2 * targets.sum() == 2 * 6 * 32
         assert abs(float(nats.sum() / targets.sum()) - whole.loss) < 1e-5
+        if packed:
+            assert whole.tokens == 2 * targets.sum() == 2 * 6 * 14
+            assert targets.tolist() == [0] * 5 + [6] * 2 + [12] * 4 + [6] * 4 + [0] * 17, (
+                "positions count from each example's start"
+            )
+            continue
+        assert whole.tokens == 2 * targets.sum() == 2 * 6 * 32
         assert masked == bool(targets[0] > 6), "positions count from where a document starts"
         if not masked:
             first = jax.nn.log_softmax(logits_of(params, batches[0]["tokens"][:6, :1])[:, 0])
@@ -384,6 +394,12 @@ def test_the_fingerprint_is_of_names_types_and_values(params):
     assert whole == evaluate.fingerprint(jax.tree.map(np.asarray, params), ROUTER)
     assert whole != evaluate.fingerprint(params | {"head": params["head"].at[0, 0].add(1e-6)}, ROUTER)
     assert whole != evaluate.fingerprint(params, ROUTER.replace(threshold=ROUTER.threshold + 0.1))
+
+
+def test_two_flags_may_stand_without_a_value():
+    args = evaluate.parse(["--checkpoint", "run", "--held-out", "--tasks", "a", "b", "--by-position"])
+    assert args.held_out and args.by_position == "powers" and args.tasks == ("a", "b")
+    assert evaluate.parse(["--by-position", "equal", "--checkpoint", "run"]).by_position == "equal"
 
 
 @pytest.mark.parametrize(
