@@ -8,6 +8,8 @@ harness's `acc_bytes`, and its `acc_norm`, which counts characters, wherever the
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,13 +86,22 @@ class Shots:
         Raises:
           InputError: the pool is too small.
         """
-        others = [other for other in self.pool if other != question] if self.number else []
-        akin = [other for other in others if other.subject == question.subject]
-        others = akin if len(akin) >= self.number else others
-        if len(others) < self.number:
-            raise InputError(f"--shots {self.number}: there are only {len(others)} questions to take examples from: ask for fewer")
-        chosen = np.random.default_rng([self.seed, index]).choice(len(others), self.number, replace=False) if self.number else ()
-        return [others[i] for i in chosen]
+        if not self.number:
+            return []
+        random = np.random.default_rng([self.seed, index])
+        for pool in (self._of_subject.get(question.subject, ()), self.pool):
+            others = (pool[i] for i in random.permutation(len(pool)) if pool[i] != question)
+            chosen = list(itertools.islice(others, self.number))
+            if len(chosen) == self.number:
+                return chosen
+        raise InputError(f"--shots {self.number}: there are only {len(chosen)} questions to take examples from: ask for fewer")
+
+    @functools.cached_property
+    def _of_subject(self) -> dict[str, list[Question]]:
+        subjects: dict[str, list[Question]] = {}
+        for question in self.pool:
+            subjects.setdefault(question.subject, []).append(question)
+        return subjects
 
 
 NO_SHOTS = Shots()
