@@ -40,9 +40,12 @@ def stages(directory: Path, config: TrainConfig) -> tuple[list[Stage], str]:
     """The stages behind a run's weights, its own first, and the folder where the chain is lost ("" where it is whole).
 
     Args:
-      directory, config: of the run.
+      directory, config: of the run. Its folder's config.json may know more than the checkpoint's, or less: a run may be resumed
+        without naming again where its weights came from.
     """
     found, seen = [Stage(str(directory), _sources(config))], {directory.resolve()}
+    if not config.init_from and (directory / "config.json").is_file():
+        config = config_lib.load(directory / "config.json")
     while config.init_from:
         previous = _run_folder(config.init_from, directory)
         if previous is None:

@@ -298,6 +298,13 @@ def test_mirrors_of_auxiliary_train_are_known_by_their_names(tmp_path, source):
     assert contamination.contaminated_by("arc_easy", tmp_path, behind)
 
 
+def test_a_checkpoint_that_forgot_where_it_came_from_is_helped_by_its_folder(tmp_path):
+    make_run(tmp_path / "first", "hub:cais/mmlu")
+    make_run(tmp_path / "second", "stdlib", tmp_path / "first")
+    behind, _ = contamination.stages(tmp_path / "second", TrainConfig())
+    assert contamination.contaminated_by("arc_easy", tmp_path, behind)
+
+
 def test_a_lost_stage_is_named_and_a_cycle_ends(tmp_path):
     config = make_run(tmp_path / "late", "stdlib", tmp_path / "gone" / "best")
     assert contamination.stages(tmp_path / "late", config)[1] == str(tmp_path / "gone" / "best")
