@@ -94,6 +94,9 @@ def test_nothing_comes_after_the_end_token(weights):
     ending, greedy = weights._replace(tokenizer=Spelled(end)), Sampling(temperature=0.0)
     assert generate.generate_batch(ending, PROMPTS, greedy, new_tokens=NEW, seed=0) == expected
     assert list(generate.stream_tokens(ending, PROMPTS[0], greedy, new_tokens=NEW, seed=0)) == expected[0]
+    (tokens,) = generate.generate_tokens(ending, PROMPTS, greedy, new_tokens=NEW, seed=0)
+    assert tokens.shape[1] > len(expected[0]) + 1, "another row goes on, or the next line shows nothing"
+    assert (tokens[0, len(expected[0]) :] == end).all()
     (tokens,) = generate.generate_tokens(ending, PROMPTS[:1], greedy, new_tokens=NEW, seed=0)
     assert tokens.shape[1] == len(expected[0]) + 1, "decoding stops once every row has ended"
 
@@ -108,6 +111,12 @@ def test_samples_follow_the_seed_whatever_the_chunk(weights):
     assert (sample(3) != sample(4)).any()
     same = sample(3, prompts=[PROMPTS[0]] * 3)
     assert (same[0] != same[1]).any(), "equal prompts of a batch are sampled independently"
+
+
+def test_each_token_is_drawn_anew(weights):
+    """So hot that every token is as likely: one draw used again and again would give one token again and again."""
+    (row,) = generate.generate_batch(weights, PROMPTS[:1], Sampling(temperature=1e4), new_tokens=NEW, seed=0)
+    assert len(set(row)) > NEW // 2
 
 
 def test_changing_the_settings_compiles_nothing(weights):
