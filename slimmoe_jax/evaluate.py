@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -275,8 +274,7 @@ def main(argv: Sequence[str]) -> None:
     pool = tasks.read(args.shots_from).questions if args.shots_from else ()
     mesh = sharding.make_mesh(MeshConfig())
     run = checkpoint.load_run(args.checkpoint, mesh)
-    if run.config.compilation_cache:  # several widths, several programs: the second evaluation starts at once
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.config.compilation_cache))
+    sharding.cache_programs(run.config.compilation_cache)
     model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory)
     records = None
     if not to_do or args.held_out or args.by_position != "no":

@@ -290,8 +290,7 @@ def main(argv: Sequence[str]) -> int:
     context = run.config.data.context
     if chatting and args.tokens >= context:
         raise InputError(f"--tokens = {args.tokens} leaves no room for a prompt in a context of {context}: lower it")
-    if run.config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.config.compilation_cache))
+    sharding.cache_programs(run.config.compilation_cache)
     model = state.build_model(run.config)
     weights = Weights(model, cast_once(run.params, model.dtype), run.router, tokenizers.saved(run.directory))
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? and goes on

@@ -10,11 +10,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
-
-import jax
 
 from slimmoe_jax import checkpoint as checkpoint_lib
 from slimmoe_jax import cli, generate, likelihood, sharding, state
@@ -70,8 +67,7 @@ class SlimMoELM(LM):
         super().__init__()
         mesh = sharding.make_mesh(MeshConfig())
         run = checkpoint_lib.load_run(checkpoint, mesh)
-        if run.config.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(run.config.compilation_cache))
+        sharding.cache_programs(run.config.compilation_cache)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self._max_gen_toks = int(max_gen_toks)
         self._context = run.config.data.context

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,12 @@ def use(mesh: Mesh) -> Iterator[None]:
 def of_tree(boxed: Any, mesh: Mesh) -> Any:
     """The sharding of each leaf of a tree whose leaves carry logical axes, unboxed."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def cache_programs(folder: str) -> None:
+    """Keeps compiled programs in a folder, so that the next start is quick; an empty name keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -10,9 +10,9 @@ What a start does, in this order:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-import os
 import shlex
 import signal
 import sys
@@ -69,8 +69,10 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     """Runs the training that the config describes. Returns the exit code: 0, or 128 + signal when asked to stop."""
     workdir = config_lib.workdir(config)
     _check_resumable(config, workdir)
-    start_compilation_cache(config)
+    sharding.cache_programs(config.compilation_cache)
     resuming = _holds_run(workdir) and checkpoint.Checkpoints(workdir).latest is not None
+    if resuming:  # where the weights came from stays known, whether it is named again or not
+        config = dataclasses.replace(config, init_from=config_lib.load(workdir).init_from)
     initial = _initial_weights(config, mesh) if config.init_from and not resuming else None
 
     # --- data ---
@@ -155,12 +157,6 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def start_compilation_cache(config: TrainConfig) -> None:
-    """Keeps compiled programs on disk, so that the next start is quick."""
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
 
 def put_next(batches: records_lib.Batches, mesh: Mesh) -> step.Batch:

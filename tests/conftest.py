@@ -12,3 +12,8 @@ import jax  # noqa: E402
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/slimmoe_jax/xla-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: whole files are dealt out to the processes, and it would otherwise be the last to end."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")

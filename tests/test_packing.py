@@ -235,6 +235,31 @@ def test_a_directory_gives_only_the_files_of_the_split(tmp_path):
         assert len({unit.file for unit in units}) == count, split
 
 
+@pytest.mark.parametrize("layout", ["flat", "one struct column", "letters"])
+def test_every_layout_of_mmlu_in_parquet_makes_the_same_records(tmp_path, layout):
+    """The data set's configuration `all` is flat; `auxiliary_train` has one struct column, `train`."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [
+        {"question": f"What is {n} + {n}?", "subject": "sums", "choices": [f"{n}", f"{2 * n}", f"{n + 1000}"], "answer": 1}
+        for n in range(60)
+    ]
+    made = {"flat": rows, "one struct column": [{"train": row} for row in rows], "letters": [row | {"answer": "B"} for row in rows]}
+    digests = []
+    for name in ("flat", layout):
+        folder = tmp_path / name.replace(" ", "-") / "auxiliary_train"
+        folder.mkdir(parents=True, exist_ok=True)
+        pa.parquet.write_table(pa.Table.from_pylist(made[name]), folder / "train-00000-of-00001.parquet")
+        data = DataConfig(
+            source=str(folder), split="train", format="multiple_choice", context=64, validation_fraction=0.2, choice_style="letters"
+        )
+        manifest = prepare.prepare(data, tmp_path / f"records-{len(digests)}", workers=1)
+        assert sum(split["documents"] for split in manifest["splits"].values()) == 60
+        digests.append([file["sha256"] for split in manifest["splits"].values() for file in split["files"]])
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("form", ["chat", "multiple_choice"])
 def test_the_standard_library_holds_conversations_and_questions(tmp_path, form):
     data = DataConfig(source="stdlib", format=form, context=256, validation_fraction=0.05)
