@@ -42,8 +42,8 @@ def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
     if "segments" in batch:
         segments = batch["segments"][:, :-1]
         starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-        within = batch["segments"][:, 1:] == segments  # a record of text is one segment; nothing is predicted across a border
-        inputs |= {"weights": jnp.where(within, batch["targets"][:, 1:], 0).astype(jnp.float32)}
+        within = batch["segments"][:, 1:] == segments  # nothing is predicted across a border
+        inputs["weights"] = jnp.where(within, batch["targets"][:, 1:], 0).astype(jnp.float32)
         inputs |= {"segments": segments, "valid": segments > 0}
     elif end_token is not None:
         starts = jnp.pad(tokens == end_token, ((0, 0), (1, 0)))[:, :-1]
