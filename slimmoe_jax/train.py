@@ -146,7 +146,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
     # --- done ---
     if config.eval.ngrams:
-        _compare_with_ngrams(config, records, validation_loss)
+        _compare_with_ngrams(config, records, _evaluation_rows(config, mesh) * config.eval.batches, validation_loss)
     say(f"finished {number} steps; the run is in {workdir}. Next:")
     how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
     say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
@@ -201,7 +201,7 @@ def _evaluate(
 ) -> evaluate.HeldOut:  # fmt: skip
     """Held-out loss and a sample of text, written and shown."""
     split = records.split("validation")
-    rows = sharding.padded_rows(min(config.data.batch_size, 32), mesh)
+    rows = _evaluation_rows(config, mesh)
     batches = records_lib.evaluation_batches(split, rows, config.eval.batches)
     result = evaluate.held_out(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
     row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
@@ -215,12 +215,17 @@ def _evaluate(
     return result
 
 
-def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, validation_loss: float) -> None:
+def _evaluation_rows(config: TrainConfig, mesh: Mesh) -> int:
+    """Records in a batch of an evaluation."""
+    return sharding.padded_rows(min(config.data.batch_size, 32), mesh)
+
+
+def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, scored: int, validation_loss: float) -> None:
+    """Prints the losses of n-gram models on the same `scored` held-out records; 0: all."""
     train, held_out = records.split("train"), records.split("validation")
     most = 20_000_000 // config.data.context  # records; more would not change the figures, only the memory
-    fitted = ngrams.fit_and_score(
-        train.read(np.arange(min(len(train), most))), held_out.read(np.arange(len(held_out))), records.vocab_size
-    )
+    targets = held_out.read(np.arange(min(len(held_out), scored or len(held_out))))
+    fitted = ngrams.fit_and_score(train.read(np.arange(min(len(train), most))), targets, records.vocab_size)
     say(
         f"validation loss, nats a token: unigram {fitted.unigram:.3f}, bigram {fitted.bigram:.3f}, this model {validation_loss:.3f}"
     )
