@@ -226,7 +226,9 @@ def _notes(task: Mapping[str, Any]) -> list[str]:
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
     checkpoint: str = ""  # folder of a run (its newest weights), RUN/STEP or RUN/best
-    tasks: tuple[str, ...] = ()  # files of questions, .jsonl[.gz|.zst] or .parquet; none: held-out loss
+    # Files of questions, .jsonl[.gz|.zst] or .parquet; held-out: the questions that the run held out; held-out:RUN: another run;
+    # none: held-out loss
+    tasks: tuple[str, ...] = ()
     style: Literal["auto", "cloze", "letters"] = "auto"  # ask for the answer or for a letter; auto: the run's data.choice_style
     shots: int = 0  # solved examples before each question
     shots_from: str = ""  # file of questions that the examples come from; empty: the task's own other questions
@@ -270,7 +272,7 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
-    to_do = [tasks.read(file) for file in args.tasks]
+    to_do = [_read(task, args.checkpoint) for task in args.tasks]
     pool = tasks.read(args.shots_from).questions if args.shots_from else ()
     mesh = sharding.make_mesh(MeshConfig())
     run = checkpoint.load_run(args.checkpoint, mesh)
@@ -298,6 +300,15 @@ def main(argv: Sequence[str]) -> None:
         print(text)
 
 
+def _read(task: str, checkpoint: str) -> tasks.Task:
+    """A file of questions, or `held-out[:RUN]`: those held out by that run, or by the one that is evaluated."""
+    kind, _, other = task.partition(":")
+    if kind != "held-out":
+        return tasks.read(task)
+    run, _ = config_lib.split_run_path(other or checkpoint)
+    return tasks.held_out(config_lib.load(run / "config.json").data)
+
+
 def _task(
     task: tasks.Task, args: EvaluateArgs, scorer: likelihood.Scorer, tokenizer: tokenizers.Tokenizer, run: Run,
     pool: tuple[Any, ...], behind: Sequence[contamination.Stage],
@@ -308,7 +319,7 @@ def _task(
     result = tasks.evaluate(task, scorer, tokenizer, run.config.data.context, style=style, shots=shots, limit=args.limit)
     if args.shots:
         result["shots_from"] = args.shots_from or str(task.path)
-    reason = contamination.contaminated_by(task.name, task.path, behind)
+    reason = "" if task.held_out else contamination.contaminated_by(task.name, task.path, behind)
     return result | ({"contaminated_by": reason} if reason else {})
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from slimmoe_jax.config import InputError
-from slimmoe_jax.data import multiple_choice, records, sources
+from slimmoe_jax.config import DataConfig, InputError
+from slimmoe_jax.data import multiple_choice, prepare, records, sources, units
 from slimmoe_jax.data.multiple_choice import Question, Style
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.likelihood import Pair, Score, Scorer
@@ -31,14 +31,15 @@ _EXAMPLES = 5  # invalid rows that are named
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The questions of one file."""
+    """The questions of one file, or those that a run's preparation held out."""
 
     name: str  # of the file, without its suffix
     path: Path
-    sha256: str  # of the file
+    sha256: str  # of the file; of a source its fingerprint
     rows: int  # in the file, blank lines aside
     invalid: tuple[str, ...]  # what is wrong with each row that is no question
     questions: tuple[Question, ...]
+    held_out: bool = False
 
 
 def read(file: str | Path) -> Task:
@@ -53,8 +54,36 @@ def read(file: str | Path) -> Task:
         raise InputError(f"{file} is not a file: give a file of questions, one of {', '.join(SUFFIXES)}")
     if suffix is None:
         raise InputError(f"{file} is not a file of questions: its name must end in one of {', '.join(SUFFIXES)}")
+    questions, invalid = _questions(sources.open_source(str(path), None))
+    if not questions:
+        first = f" (the first of {len(invalid)} rows, {invalid[0]})" if invalid else " (it is empty)"
+        raise InputError(f"{file} holds no question{first}: write {{query, choices, gold}} or {{question, choices, answer}}")
+    name, rows = path.name.removesuffix(suffix), len(questions) + len(invalid)
+    return Task(name, path, records.sha256(path), rows, tuple(invalid), tuple(questions))
+
+
+def held_out(data: DataConfig) -> Task:
+    """The questions of a run's source that its preparation held out, which are no part of its training records.
+
+    Raises:
+      InputError: the source has no questions, or none is held out.
+    """
+    if data.format != "multiple_choice":
+        raise InputError(
+            f"the run was trained on data.format = {data.format}, which holds no questions: name another, held-out:RUN"
+        )
+    source = prepare.open_source(data)
+    found, invalid = _questions(source)
+    kept = tuple(question for question in found if units.is_held_out(units.question_key(question), data.validation_fraction))
+    if not kept:
+        raise InputError(f"none of the {len(found)} questions of {data.source} is held out: name a file of questions")
+    return Task("held-out", Path(data.source), source.fingerprint, len(found) + len(invalid), tuple(invalid), kept, held_out=True)
+
+
+def _questions(source: sources.Source) -> tuple[list[Question], list[str]]:
+    """The questions of a source, and what is wrong with each row that is none."""
     questions, invalid = [], []
-    for unit in sources.open_source(str(path), None).units():
+    for unit in source.units():
         for number, row in sources.rows(unit, None):
             if row == "":  # a blank line
                 continue
@@ -65,11 +94,7 @@ def read(file: str | Path) -> Task:
             except ValueError as error:
                 reason = "not Unicode" if isinstance(error, UnicodeEncodeError) else "not JSON" if row is None else error
                 invalid.append(f"row {number}: {reason}")
-    if not questions:
-        first = f" (the first of {len(invalid)} rows, {invalid[0]})" if invalid else " (it is empty)"
-        raise InputError(f"{file} holds no question{first}: write {{query, choices, gold}} or {{question, choices, answer}}")
-    name, rows = path.name.removesuffix(suffix), len(questions) + len(invalid)
-    return Task(name, path, records.sha256(path), rows, tuple(invalid), tuple(questions))
+    return questions, invalid
 
 
 @dataclasses.dataclass(frozen=True)

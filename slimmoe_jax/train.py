@@ -117,6 +117,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
     signals, pending, validation_loss = StopSignals(), None, None
     with sharding.use(mesh), log, signals:
+        if initial is not None:
+            say(f"before training: validation loss {_held_out(config, records, eval_step, mesh, train_state).loss:.4f}")
         batch = put_next(batches, mesh)
         for number in range(start + 1, config.steps + 1):
             data_state = batches.get_state()
@@ -150,7 +152,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     say(f"finished {number} steps; the run is in {workdir}. Next:")
     how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
     say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
-    say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
+    tasks = " --tasks held-out --held-out" if config.data.format == "multiple_choice" else ""
+    say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}{tasks}")
     say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
     return 0
 
@@ -200,10 +203,7 @@ def _evaluate(
     log: Log, train_state: TrainState,
 ) -> evaluate.HeldOut:  # fmt: skip
     """Held-out loss and a sample of text, written and shown."""
-    split = records.split("validation")
-    rows = _evaluation_rows(config, mesh)
-    batches = records_lib.evaluation_batches(split, rows, config.eval.batches)
-    result = evaluate.held_out(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
+    result = _held_out(config, records, eval_step, mesh, train_state)
     row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
     if config.eval.sample_tokens:
         row["sample"] = generate.sample_text(
@@ -213,6 +213,14 @@ def _evaluate(
         )  # fmt: skip
     log.evaluation(row)
     return result
+
+
+def _held_out(
+    config: TrainConfig, records: records_lib.Records, eval_step: Callable, mesh: Mesh, train_state: TrainState
+) -> evaluate.HeldOut:
+    split = records.split("validation")
+    batches = records_lib.evaluation_batches(split, _evaluation_rows(config, mesh), config.eval.batches)
+    return evaluate.held_out(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
 
 
 def _evaluation_rows(config: TrainConfig, mesh: Mesh) -> int:

@@ -110,6 +110,10 @@ def test_long_conversations_end_with_the_last_answer_that_fits(tokenizer):
         ([{"role": "tool", "content": "x"}], "role 'tool'"),
         ([{"content": "x"}], "role None"),
         ([{"role": "user", "content": "  "}], "an empty user message"),
+        ([{"role": "assistant", "content": "Hello."}], "roles out of order: assistant first"),
+        ([{"role": "user", "content": "x"}] * 2, "roles out of order: user after user"),
+        ([*MESSAGES[1:3], MESSAGES[2]], "roles out of order: assistant after assistant"),
+        ([*MESSAGES[1:3], MESSAGES[0]], "roles out of order: system after assistant"),
     ],
 )
 def test_messages_that_are_none_are_refused(messages, reason):

@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from slimmoe_jax import config as config_lib
 from slimmoe_jax import contamination, evaluate, likelihood, model, routing, sharding, step, tasks
 from slimmoe_jax.config import DataConfig, InputError, MeshConfig, ModelConfig, TrainConfig
+from slimmoe_jax.data import prepare, records
 from slimmoe_jax.data.multiple_choice import Question
 from slimmoe_jax.likelihood import Pair, Score
 
@@ -443,3 +444,17 @@ def test_bad_input_is_one_line(folder, monkeypatch, capsys, flags, message):
 def test_the_process_ends_with_2_on_bad_input(folder):
     done = python(folder, "slimmoe_jax.evaluate", "--checkpoint", "run", "--tasks", "absent.jsonl")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "absent.jsonl" in done.stderr
+
+
+def test_held_out_questions_are_those_of_no_training_record(tmp_path):
+    rows = [{"question": f"Which is number {n}?", "subject": "", "choices": [f"{n}", f"{n + 1}"], "answer": 0} for n in range(200)]
+    (tmp_path / "mcq.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(source=str(tmp_path / "mcq.jsonl"), format="multiple_choice", context=64, validation_fraction=0.2)
+    manifest = prepare.prepare(data, tmp_path / "records", workers=1)
+    task = tasks.held_out(data)
+    assert len(task.questions) == manifest["splits"]["validation"]["documents"] > 10 and task.rows == 200
+    found = records.open_records(tmp_path / "records")
+    text = found.tokenizer().decode(found.split("train").batch(np.arange(len(found.split("train"))))["tokens"].ravel())
+    assert "Which is number" in text and not any(question.query in text for question in task.questions)
+    with pytest.raises(InputError, match="data.format = text, which holds no questions"):
+        tasks.held_out(DataConfig())

@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
 def turns_of(messages: object) -> list[Turn]:
     """Checks messages, a list of {"role", "content"}, and strips the contents of white space around them.
 
-    Empty system turns are left out, as they say nothing.
+    User and assistant take turns, the user first; a system turn may stand before them, and is left out where it is empty.
 
     Raises:
       ValueError: says what is wrong with them.
@@ -59,6 +59,10 @@ def turns_of(messages: object) -> list[Turn]:
             raise ValueError(f"an empty {role} message")
         if content:
             turns.append(Turn(role, content))
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    for n, turn in enumerate(spoken):
+        if turn.role != ("user", "assistant")[n % 2]:
+            raise ValueError(f"roles out of order: {turn.role} {'first' if n == 0 else f'after {spoken[n - 1].role}'}")
     return turns
 
 

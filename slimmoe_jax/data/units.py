@@ -102,7 +102,7 @@ def _examples(job: Job, unit: Unit, tokenizer: tokenizers.Tokenizer, summary: di
             continue
         # Arrays take a tenth of the memory of lists, and a unit's examples are all held at once.
         example = example._replace(tokens=np.array(example.tokens, job.dtype), targets=np.array(example.targets, bool))
-        yield "validation" if _is_held_out(key, job.data.validation_fraction) else "train", example
+        yield "validation" if is_held_out(key, job.data.validation_fraction) else "train", example
 
 
 def _document(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[bytes, Encoded]:
@@ -132,8 +132,12 @@ def _question(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[by
         question = multiple_choice.parse(value)
     except ValueError as error:
         raise Unused("invalid", str(error)) from None
-    key = _utf8(json.dumps([question.query, question.choices], ensure_ascii=False))
-    return key, _fitting(multiple_choice.encode(question, tokenizer, job.length, job.data.choice_style))
+    return question_key(question), _fitting(multiple_choice.encode(question, tokenizer, job.length, job.data.choice_style))
+
+
+def question_key(question: multiple_choice.Question) -> bytes:
+    """What decides whether a question is held out."""
+    return _utf8(json.dumps([question.query, question.choices], ensure_ascii=False))
 
 
 def _fitting(example: Encoded | None) -> Encoded:
@@ -149,7 +153,7 @@ def _utf8(text: str) -> bytes:
         raise Unused("invalid", "not Unicode") from None
 
 
-def _is_held_out(key: bytes, fraction: float) -> bool:
+def is_held_out(key: bytes, fraction: float) -> bool:
     """Decided by the text alone, so that copies of a document fall on the same side."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < fraction * 2**64
 
