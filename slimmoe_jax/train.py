@@ -117,6 +117,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
     signals, pending, validation_loss = StopSignals(), None, None
     with sharding.use(mesh), log, signals:
+        say("compiling the training step")
         if initial is not None:
             say(f"before training: validation loss {_held_out(config, records, eval_step, mesh, train_state).loss:.4f}")
         batch = put_next(batches, mesh)
@@ -150,10 +151,12 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     if config.eval.ngrams:
         _compare_with_ngrams(config, records, _evaluation_rows(config, mesh) * config.eval.batches, validation_loss)
     say(f"finished {number} steps; the run is in {workdir}. Next:")
-    how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
-    say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
-    tasks = " --tasks held-out --held-out" if config.data.format == "multiple_choice" else ""
-    say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}{tasks}")
+    if config.data.format == "multiple_choice":
+        say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir} --tasks held-out --held-out")
+    else:
+        how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
+        say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
+        say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
     say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
     return 0
 
