@@ -171,6 +171,9 @@ def _provenance(argv: Sequence[str], run: Run, tokenizer: tokenizers.Tokenizer) 
 # --- what a person reads ---------------------------------------------------------------------------------------------
 
 
+SHOWN_FROM = 10  # questions from which a subject has a row of its own in the table
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The results as lines of text."""
     lines = [f"{result['checkpoint']}, step {result['step']}, weights {result['weights_sha256'][:12]}"]
@@ -190,11 +193,20 @@ def table(result: Mapping[str, Any]) -> str:
         lines += ["", head.rstrip()]
         for task in result["tasks"]:
             lines.append(_row(task["name"] + ("*" if task.get("contaminated_by") else ""), task))
-            lines += [_row(f"  {subject or '(no subject)'}", row) for subject, row in task["subjects"].items()]
+            lines += _subject_rows(task["subjects"])
         lines += [note for task in result["tasks"] for note in _notes(task)]
         unknown = [stage["run"] for stage in result["stages"] if stage["sources"] is None]
         lines += [f"{run}, where the weights came from, is not here: what it was trained on is unknown" for run in unknown]
     return "\n".join(lines)
+
+
+def _subject_rows(subjects: Mapping[str, Any]) -> list[str]:
+    """A row for each subject with questions enough to say something; how many there are besides."""
+    shown = {name: row for name, row in subjects.items() if row["questions"] >= SHOWN_FROM}
+    lines = [_row(f"  {name or '(no subject)'}", row) for name, row in shown.items()]
+    if len(shown) < len(subjects):
+        lines.append(f"  {len(subjects) - len(shown)} subject(s) of fewer than {SHOWN_FROM} questions: in the JSON")
+    return lines
 
 
 def _row(name: str, row: Mapping[str, Any]) -> str:
