@@ -74,12 +74,23 @@ class Checkpoints:
             metrics=None if validation_loss is None else {"validation_loss": validation_loss},
         )
 
+    def save_weights(self, step: int, params: Any, router: RouterState, config: TrainConfig) -> None:
+        """Saves what starts another run, evaluates and generates, and cannot be resumed: there is no optimiser."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave({"params": params, "router": router}),
+                config=ocp.args.JsonSave(config_lib.to_json(config)),
+            ),
+        )
+
     def restore(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, dict]:
         """The training state and the iterator's state, placed on `mesh`, whatever mesh they were saved from.
 
         Raises:
-          InputError: no checkpoint, or one that is damaged or of another model.
+          InputError: no checkpoint, one of weights alone, or one that is damaged or of another model.
         """
+        self._check_resumable(step)
         like = state_lib.abstract(config, mesh)
         items = self._restore(
             step,
@@ -107,6 +118,15 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _check_resumable(self, step: int | None) -> None:
+        step = self.latest if step is None else step
+        folder = self.directory / str(step)
+        if (folder / "weights").is_dir() and not (folder / "optimizer").is_dir():
+            raise InputError(
+                f"{folder} holds weights alone and cannot be resumed: start another run from them, by --init-from"
+                f" {self.directory.parent} and a --workdir of its own"
+            )
 
     def _restore(self, step: int | None, **items: ocp.args.CheckpointArgs) -> Any:
         steps = sorted(self._manager.all_steps())

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import tyro
 
@@ -45,6 +45,18 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, defaul
         if not stop.code:
             raise
         raise InputError(_one_line(errors.getvalue())) from None
+
+
+def with_values(argv: Sequence[str], bare: Mapping[str, str]) -> list[str]:
+    """Gives flags that stand alone the value that this means: `--held-out` is `--held-out True`.
+
+    Args:
+      bare: flag -> its value where none follows.
+    """
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words += [word, bare[word]] if word in bare and following.startswith("--") else [word]
+    return words
 
 
 def _one_line(boxed: str) -> str:

@@ -68,10 +68,25 @@ def contaminated_by(name: str, path: Path, behind: Sequence[Stage]) -> str:
             if _holds_file(source, path):
                 return f"{stage.run} was trained on {source}, which is this file or holds it"
             for sources, tasks, what in HOLDS:
-                # Of a path only the end: what a project's folder is called says nothing about the data.
-                if sources.search("/".join(source.lower().split("/")[-3:])) and tasks.search(name.lower()):
+                if _names(sources, source) and tasks.search(name.lower()):
                     return f"{stage.run} was trained on {source}: {what}"
     return ""
+
+
+def known(behind: Sequence[Stage]) -> list[str]:
+    """What these stages are known to have spoilt, whatever a task's file is called: a sentence each."""
+    pairs = [(stage, source) for stage in behind for source in stage.sources]
+    return [
+        f"{stage.run} was trained on {source}: {what}"
+        for sources, _, what in HOLDS
+        for stage, source in pairs
+        if _names(sources, source)
+    ]
+
+
+def _names(sources: re.Pattern, source: str) -> bool:
+    """Whether a source's name says that it is such data; of a path only the end, since a project's folder says nothing about it."""
+    return sources.search("/".join(source.lower().split("/")[-3:])) is not None
 
 
 def _run_folder(init_from: str, directory: Path) -> Path | None:

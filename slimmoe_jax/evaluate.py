@@ -264,9 +264,7 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
     Raises:
       InputError: names the flag.
     """
-    words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        words += [word, BARE[word]] if word in BARE and following.startswith("--") else [word]
+    words = cli.with_values(argv, BARE)
     args = cli.parse(EvaluateArgs, words, prog="evaluate", description=__doc__.splitlines()[0], default=EvaluateArgs())
     if not args.checkpoint:
         raise InputError("--checkpoint is missing: give the folder of a training run")

