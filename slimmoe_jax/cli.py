@@ -54,8 +54,9 @@ def with_values(argv: Sequence[str], bare: Mapping[str, str]) -> list[str]:
       bare: flag -> its value where none follows.
     """
     words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        words += [word, bare[word]] if word in bare and following.startswith("--") else [word]
+    for n, word in enumerate(argv):
+        alone = n + 1 == len(argv) or argv[n + 1].startswith("--")
+        words += [word, bare[word]] if alone and word in bare else [word]
     return words
 
 

@@ -106,6 +106,8 @@ def whole(out: Path) -> Iterator[Path]:
         else:
             out.unlink(missing_ok=True)
             scratch.rename(out)
+    except OSError as error:
+        raise InputError(f"{out} could not be written ({error.strerror or error}): make room, or name another place") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
