@@ -69,8 +69,8 @@ def test_a_folder_holds_all_that_its_readers_need(folder):
     files = {path.name for path in folder.iterdir()}
     assert files == {
         "config.json", "configuration_slimmoe.py", "modeling_slimmoe.py", "generation_config.json", "model.safetensors",
-        "README.md", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "parity.json", "slimmoe_jax.json",
-        "SHA256SUMS",
+        "README.md", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja",
+        "parity.json", "slimmoe_jax.json", "SHA256SUMS",
     }  # fmt: skip
     sums = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
     assert sums.keys() == files - {"SHA256SUMS"}

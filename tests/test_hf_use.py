@@ -98,13 +98,13 @@ def conversations(folder):
             return fitting
 
 
-def fine_tune(folder, conversations, out, peft_config=None):
+def fine_tune(folder, conversations, out, learning_rate=5e-3, peft_config=None):
     """Some steps of TRL's SFTTrainer, with loss on the assistant's turns alone: the trainer, and the losses."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     network, tokenizer = load(folder)
     rows = datasets.Dataset.from_list([{"messages": messages} for messages in conversations.values()])
     settings = trl.SFTConfig(
-        output_dir=str(out), max_steps=12, per_device_train_batch_size=4, learning_rate=5e-3, lr_scheduler_type="constant",
+        output_dir=str(out), max_steps=12, per_device_train_batch_size=4, learning_rate=learning_rate, lr_scheduler_type="constant",
         logging_steps=1, report_to=[], save_strategy="no", assistant_only_loss=True, use_cpu=True, bf16=False, max_length=128,
         disable_tqdm=True, gradient_checkpointing=False, seed=0,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def test_trl_fine_tunes_on_the_tokens_that_our_training_would(folder, conversati
 def test_a_lora_of_peft_learns(folder, conversations, tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
-    trainer, losses = fine_tune(folder, conversations, tmp_path, lora)
-    assert np.mean(losses[-3:]) < losses[0] - 0.05, losses
+    trainer, losses = fine_tune(folder, conversations, tmp_path, learning_rate=5e-2, peft_config=lora)
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3, losses
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
