@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -85,8 +86,13 @@ def parse(argv: Sequence[str]) -> ConvertArgs:
     out = Path(args.out).expanduser()
     if out.exists() and not (args.overwrite or (out.is_dir() and not any(out.iterdir()))):
         raise InputError(f"--out {args.out} exists already: name another folder, or add --overwrite to replace it")
-    if args.checkpoint and args.verify:
-        parity.need_torch()
+    needed = ["safetensors", "tokenizers"]
+    needed += ["torch"] if args.format == "pt" else []
+    needed += ["torch", "transformers"] if args.checkpoint and args.verify else []
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        skip = ", or give --verify False" if set(missing) <= {"torch", "transformers"} and args.format != "pt" else ""
+        raise InputError(f"this conversion needs {', '.join(missing)}: pip install -e '.[hf]'{skip}")
     return args
 
 

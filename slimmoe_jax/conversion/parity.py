@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -36,13 +35,6 @@ class Expected:
     tokens: np.ndarray  # [R, S] int32
     logits: np.ndarray  # [R, S, V] float32
     generated: np.ndarray  # [NEW_TOKENS] int32, greedily after the first row's first PROMPT tokens
-
-
-def need_torch() -> None:
-    """Raises InputError where verifying is not possible."""
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"verifying needs {name}: pip install torch transformers, or give --verify False")
 
 
 def check(folder: Path, expected: Expected, dtype: str) -> dict[str, Any]:
