@@ -22,6 +22,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, default: object = tyro.MISSING):
@@ -64,12 +67,15 @@ def _one_line(boxed: str) -> str:
     """The message inside tyro's box, as one line."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in boxed.splitlines()]
     lines = [line for line in lines[1:] if line.strip("─ ")]  # the first is the box's title
-    return " ".join(" ".join(lines).split())
+    message = " ".join(" ".join(lines).split())
+    return message.replace(" Perhaps you meant:", "; perhaps you meant").replace(" For full helptext, run", "; for all flags run")
 
 
 def split_config(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """Takes `--config FILE` (or `--config=FILE`) out of argv and loads it; the defaults stand where there is none."""
     argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        raise InputError(f"{argv[0]} stands where a flag is expected: a config goes after --config")
     for i, word in enumerate(argv):
         if word == "--config":
             if i + 1 == len(argv):

@@ -130,7 +130,7 @@ def to_folder(args: ConvertArgs) -> None:
     out = Path(args.out).expanduser()
     run = checkpoint.load_run(args.checkpoint, sharding.make_mesh(MeshConfig()))
     sharding.cache_programs(run.config.compilation_cache)
-    tokenizer = tokenizers.saved(run.directory)
+    tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
     params = jax.device_get(run.params)
     router = dataclasses.asdict(jax.device_get(run.router))
     model = run.config.model

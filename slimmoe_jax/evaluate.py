@@ -2,7 +2,7 @@
 
 `python -m slimmoe_jax.evaluate --checkpoint RUN [--by-position] [--tasks FILE.jsonl ...] [--shots 5] [--out FILE.json]`
 
-A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is not given.
+A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class EvaluateArgs:
     batches: int = 0  # batches of validation records; 0: all
     batch_size: int = 8  # sequences at a time, over all devices
     seed: int = 0  # of the choice of examples and of the bootstrap
-    out: str = ""  # file for the results as JSON; empty: stdout
+    out: str = ""  # file for the results as JSON; empty: stdout, if that is no terminal
 
 
 # What a flag means that stands without a value.
@@ -277,6 +277,8 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
         raise InputError("--shots-from needs --shots: say how many examples")
     if args.out and not Path(args.out).expanduser().absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist: make it, or name another file")
+    if args.out and Path(args.out).expanduser().is_dir():
+        raise InputError(f"--out {args.out} is a folder: name a file in it")
     return args
 
 
@@ -287,7 +289,7 @@ def main(argv: Sequence[str]) -> None:
     mesh = sharding.make_mesh(MeshConfig())
     run = checkpoint.load_run(args.checkpoint, mesh)
     sharding.cache_programs(run.config.compilation_cache)
-    model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory)
+    model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory, run.config.model.vocab_size)
     records = None
     if not to_do or args.held_out or args.by_position != "no":
         context = None if args.records else run.config.data.context
@@ -306,6 +308,8 @@ def main(argv: Sequence[str]) -> None:
     text = json.dumps(result, indent=2, ensure_ascii=False)
     if args.out:
         Path(args.out).expanduser().write_text(text + "\n")
+    elif sys.stdout.isatty():
+        print("give --out FILE to keep all of this as JSON", file=sys.stderr)
     else:
         print(text)
 

@@ -25,7 +25,7 @@ from flax import struct
 
 from slimmoe_jax import checkpoint, cli, sampling, sharding, state
 from slimmoe_jax.attention import KVCache
-from slimmoe_jax.config import InputError, MeshConfig
+from slimmoe_jax.config import InputError, MeshConfig, mixed
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.tokenizers import Tokenizer
@@ -292,10 +292,14 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--tokens = {args.tokens} leaves no room for a prompt in a context of {context}: lower it")
     sharding.cache_programs(run.config.compilation_cache)
     model = state.build_model(run.config)
-    weights = Weights(model, cast_once(run.params, model.dtype), run.router, tokenizers.saved(run.directory))
+    weights = Weights(
+        model, cast_once(run.params, model.dtype), run.router, tokenizers.saved(run.directory, run.config.model.vocab_size)
+    )
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? and goes on
     try:
         if chatting:
+            if not any(part.format == "chat" for part in (run.config.data, *(part for _, part in mixed(run.config.data)))):
+                say(f"{run.directory} was not trained on conversations: do not expect answers")
             converse(weights, args, settings, context)
         else:
             continue_prompts(weights, args, settings, context)

@@ -71,7 +71,7 @@ class SlimMoELM(LM):
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self._max_gen_toks = int(max_gen_toks)
         self._context = run.config.data.context
-        self._tokenizer = tokenizers.saved(run.directory)
+        self._tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
         self._weights = generate.Weights(state.build_model(run.config), run.params, run.router, self._tokenizer)
         self._scorer = likelihood.Scorer(self._weights.model, run.params, run.router, mesh, self.batch_size)
 

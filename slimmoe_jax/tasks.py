@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from slimmoe_jax.config import DataConfig, InputError
+from slimmoe_jax.config import DataConfig, InputError, mixed
 from slimmoe_jax.data import multiple_choice, prepare, records, sources, units
 from slimmoe_jax.data.multiple_choice import Question, Style
 from slimmoe_jax.data.tokenizers import Tokenizer
@@ -63,11 +63,13 @@ def read(file: str | Path) -> Task:
 
 
 def held_out(data: DataConfig) -> Task:
-    """The questions of a run's source that its preparation held out, which are no part of its training records.
+    """The questions of a run's source, or of the first mixed into it that has any, that its preparation held out: no part of its
+    training records.
 
     Raises:
       InputError: the source has no questions, or none is held out.
     """
+    data = next((part for _, part in [(1, data), *mixed(data)] if part.format == "multiple_choice"), data)
     if data.format != "multiple_choice":
         raise InputError(
             f"the run was trained on data.format = {data.format}, which holds no questions: name another, held-out:RUN"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import signal
 import sys
@@ -50,6 +51,8 @@ STOP_AFTER_SKIPPED = 10  # steps in a row without a finite loss
 
 
 def main(argv: Sequence[str]) -> int:
+    if not any(word in ("--help", "-h") or word.split("=")[0] == "--config" for word in argv):
+        raise InputError("--config is missing: give a config, such as configs/quickstart.py, or a run's config.json")
     dry_run = "--dry-run" in argv
     config = cli.train_config(
         [word for word in argv if word != "--dry-run"],
@@ -84,13 +87,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     batches = records_lib.batches(mixture, config.data.batch_size, seed=config.seed, workers=config.data.workers, **processes)
 
-    # --- run folder ---
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, workdir / "config.json")
-    tokenizers.save(records.tokenizer(), workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config)
-
     # --- state ---
+    checkpoints = checkpoint.Checkpoints(workdir, config)
     if resuming:
         train_state, data_state = checkpoints.restore(config, mesh)
         batches.set_state(data_state)
@@ -102,8 +100,12 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             say(f"starting from the weights of {initial.directory}, step {initial.step}")
     start = int(jax.device_get(train_state.step))
     if start >= config.steps:
-        say(f"{workdir} has its {config.steps} steps already: raise --steps to go on")
+        say(f"{workdir} has its {start} steps already: raise --steps to go on")
         return 0
+
+    # --- run folder ---
+    config_lib.save(config, workdir / "config.json")
+    tokenizers.save(records.tokenizer(), workdir)
 
     # --- steps ---
     model = state.build_model(config)
@@ -177,8 +179,11 @@ def _holds_run(workdir: Path) -> bool:
 
 def _check_resumable(config: TrainConfig, workdir: Path) -> None:
     """Refuses a folder with a run that this config would not continue exactly."""
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir {workdir} is a file: give a folder")
+    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise InputError(f"--workdir {workdir}: {place} is a file: give a folder")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--workdir {workdir}: {place} cannot be written to: give another folder")
     if not _holds_run(workdir):
         return
     differing = config_lib.differences(config_lib.load(workdir), config)

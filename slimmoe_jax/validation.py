@@ -19,6 +19,8 @@ def validate(config: TrainConfig) -> None:
             f"eval.ngrams compares with models of running text, not of data.format = {config.data.format}: turn it off"
         )
     _at_least_zero(config, "eval.every", "eval.batches", "eval.sample_tokens", "eval.temperature")
+    if config.eval.sample_tokens and not config.eval.prompt:
+        raise InputError("eval.prompt is empty: give the sample a beginning, or set eval.sample_tokens = 0 for no sample")
     for axis in ("data", "fsdp", "expert"):
         size = getattr(config.mesh, axis)
         if size < 1 and not (axis == "data" and size == -1):

@@ -6,7 +6,7 @@ import sys
 
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import DataConfig, InputError, ModelConfig
-from slimmoe_jax.data import prepare
+from slimmoe_jax.data import prepare, tokenizers
 from slimmoe_jax.data.records import Mixture, Records, open_records
 
 # A local source up to this size is prepared on the way; a larger one is worth its own command.
@@ -19,6 +19,7 @@ def open_all(data: DataConfig, model: ModelConfig) -> tuple[Records, Mixture]:
     Raises:
       InputError: records are missing and their source is too large to prepare here, or they do not fit the config.
     """
+    _check_vocabulary(data, model)
     main = _open_or_prepare(data, model)
     splits, weights = [main.split("train")], [1.0]
     for weight, part in config_lib.mixed(data):
@@ -33,9 +34,22 @@ def open_all(data: DataConfig, model: ModelConfig) -> tuple[Records, Mixture]:
     return main, Mixture(splits, weights)
 
 
+def _check_vocabulary(data: DataConfig, model: ModelConfig) -> None:
+    """Refuses a tokenizer that cannot fit the model, before anything is prepared with it."""
+    size = data.train_tokenizer or tokenizers.load(data.tokenizer).vocab_size
+    if size != model.vocab_size:
+        named = (
+            f"data.train_tokenizer = {size}" if data.train_tokenizer else f"data.tokenizer = {data.tokenizer}, of {size} tokens,"
+        )
+        raise InputError(f"{named} does not go with model.vocab_size = {model.vocab_size}: make them equal")
+
+
 def _open_or_prepare(data: DataConfig, model: ModelConfig) -> Records:
     directory = config_lib.records_dir(data)
-    if not (directory / "manifest.json").exists():
+    if (directory / "manifest.json").exists():
+        if data.records:  # a folder by default name is the config's own
+            prepare.check_made_for(data, directory)
+    else:
         source = prepare.open_source(data)
         if not source.local or source.total_bytes > AUTO_PREPARE_BYTES:
             raise InputError(

@@ -145,6 +145,18 @@ def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
     }
 
 
+def check_made_for(data: DataConfig, directory: Path) -> None:
+    """Refuses records that were made of another source, or of this one otherwise, as far as the config alone can tell."""
+    made = records.open_records(directory).manifest.get("settings")
+    asked = {name: getattr(data, name) for name in ("source", "format", "split")}
+    if data.format == "multiple_choice":
+        asked["choice_style"] = data.choice_style
+    if isinstance(made, dict) and any(made.get(name) != value for name, value in asked.items()):
+        raise InputError(
+            f"data.records = {directory} holds other records ({_difference(made, asked)}): name another folder, or none"
+        )
+
+
 def _difference(old: Any, new: dict[str, Any]) -> str:
     """The first setting that differs, in words."""
     for name, value in new.items():

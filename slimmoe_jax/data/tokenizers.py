@@ -198,7 +198,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
         if not failures:
             raise InputError(
                 f"data.train_tokenizer = {vocab_size}: SentencePiece could not train ({reason}): ask for another number of"
-                " pieces, or give more text"
+                " pieces, give more text, or take a trained one by --data.tokenizer RUN/tokenizer.model --data.train-tokenizer 0"
             ) from error
     if failures:
         raise failures[0]
@@ -219,11 +219,13 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(describe(tokenizer), indent=2) + "\n")
 
 
-def saved(directory: str | Path) -> Tokenizer:
+def saved(directory: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer that `save` kept in a folder.
 
+    Args:
+      vocab_size: of the model that it is to go with.
     Raises:
-      InputError: none is there, or it is not the one that was kept.
+      InputError: none is there, it is not the one that was kept, or it does not go with the model.
     """
     directory = Path(directory)
     try:
@@ -236,5 +238,10 @@ def saved(directory: str | Path) -> Tokenizer:
         raise InputError(
             f"the tokenizer in {directory} is not the one recorded there (sha256 {tokenizer.fingerprint[:12]}, not"
             f" {fingerprint[:12]}): restore tokenizer.model"
+        )
+    if vocab_size is not None and tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size:,} tokens and the model {vocab_size:,}: restore tokenizer.json"
+            " and tokenizer.model"
         )
     return tokenizer
