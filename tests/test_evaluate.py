@@ -433,6 +433,7 @@ def test_two_flags_may_stand_without_a_value():
         (["--shots", "2"], "--tasks"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--out", "absent/results.json"], "--out absent/results.json"),
+        (["--out", "run"], "--out run is a folder"),
         (["--checkpoint", "absent"], "holds no run"),
         (["--checkpoint", ""], "--checkpoint is missing"),
         (["--records", "absent"], "absent holds no records"),

@@ -12,6 +12,7 @@ import pytest
 
 from slimmoe_jax import cli, metrics
 from slimmoe_jax import train as train_lib
+from slimmoe_jax.config import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = """
@@ -179,6 +180,10 @@ def test_a_stage_on_conversations_and_text_inherits_its_tokenizer_and_resumes_ex
         (["--data.mix", "stdlib"], "write WEIGHT:SOURCE"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
         (["--config", "absent.py"], "absent.py"),
+        (["--data.format", "chat"], "data.records = records holds other records (data.format = text, not chat)"),
+        (["--eval.prompt", ""], "eval.prompt is empty"),
+        (["--workdir", "text.jsonl/run"], "text.jsonl is a file"),
+        (["--data.train-tokenizer", "299"], "data.train_tokenizer = 299 does not go with model.vocab_size = 300"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(folder, reference, flags, message, monkeypatch, capsys):
@@ -197,12 +202,28 @@ def test_bad_input_ends_the_command_with_2(folder):
     assert done.returncode == 2 and done.stderr.startswith("error: model.kv_heads = 3") and done.stderr.count("\n") == 1
 
 
+def test_a_run_that_is_done_is_left_as_it_is(folder, reference):
+    before = (folder / "whole" / "config.json").read_text()
+    assert "has its 8 steps already" in train(folder, "--workdir", "whole", "--steps", "3")
+    assert (folder / "whole" / "config.json").read_text() == before
+
+
+def test_a_config_must_be_named(capsys):
+    for words, message in (([], "--config is missing"), (["configs/quickstart.py"], "--config")):
+        with pytest.raises(InputError, match=message):
+            train_lib.main(words)
+
+
 def test_another_tokenizer_is_refused_though_its_size_fits(folder, reference):
     text = "\n".join(json.dumps({"text": f"{n} other words entirely {n * n} " * 9}) for n in range(120))
     (folder / "other.jsonl").write_text(text)
     common = ["--data.source", "other.jsonl", "--data.records", "other"]
     train(folder, "--workdir", "other-run", "--steps", "3", *common)
-    for flags in (["--workdir", "whole", "--steps", "9", "--data.records", "other"], ["--init-from", "whole", *common]):
+    # The same source by name, whose text has changed since, with records prepared anew.
+    subprocess.run(["cp", "-r", "other", "anew"], cwd=folder, check=True)
+    manifest = (folder / "anew" / "manifest.json").read_text()
+    (folder / "anew" / "manifest.json").write_text(manifest.replace('"other.jsonl"', '"text.jsonl"'))
+    for flags in (["--workdir", "whole", "--steps", "9", "--data.records", "anew"], ["--init-from", "whole", *common]):
         done = subprocess.run(command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
         assert done.returncode == 2 and "made with another tokenizer" in done.stderr and done.stderr.count("\n") == 1
 

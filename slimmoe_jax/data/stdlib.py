@@ -106,9 +106,18 @@ def _parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ast.parse(source)
+            return _parse_undisturbed(source)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return ast.Module([], [])
+
+
+def _parse_undisturbed(source: str) -> ast.Module:
+    # Before 3.11.9 and 3.12.3, CPython's parser fails where another one ran in between (python/cpython#106905), as one does in
+    # printing a traceback from garbage collection or from another thread.
+    try:
+        return ast.parse(source)
+    except SystemError:
+        return ast.parse(source)
 
 
 def _definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
