@@ -56,7 +56,7 @@ def _usage(run: Run, native: bool) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
     ]
     if run.config.data.format == "chat":
         lines += [
