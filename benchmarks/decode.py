@@ -32,6 +32,7 @@ import transformers  # noqa: E402
 
 from slimmoe_jax import generate, model  # noqa: E402
 from slimmoe_jax.config import ModelConfig, RouterConfig  # noqa: E402
+from slimmoe_jax.conversion import names  # noqa: E402
 from slimmoe_jax.routing import RouterState  # noqa: E402
 from slimmoe_jax.sampling import Sampling  # noqa: E402
 
@@ -79,26 +80,11 @@ def mixtral(config: ModelConfig, params: dict) -> transformers.MixtralForCausalL
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     network = transformers.MixtralForCausalLM(hf_config)
-    network.load_state_dict({name: torch.tensor(np.array(w)) for name, w in mixtral_names(config, params).items()}, strict=True)
+    router = {"threshold": np.float32(0), "bias": np.zeros((config.layers, config.experts), np.float32)}
+    tensors = names.to_theirs(config, params, router)  # Mixtral's names, but for the selection bias
+    tensors = {name: torch.tensor(w) for name, w in tensors.items() if not name.endswith("e_score_correction_bias")}
+    network.load_state_dict(tensors, strict=True)
     return network.eval()
-
-
-def mixtral_names(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
-    """Our parameters under Mixtral's names: torch keeps matrices as [out, in] and heads flattened."""
-    names = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["final_norm"]["scale"]}
-    names["lm_head.weight"] = params["head"].T
-    for i in range(config.layers):
-        layer, prefix = params[f"layer_{i}"], f"model.layers.{i}."
-        names[prefix + "input_layernorm.weight"] = layer["attention_norm"]["scale"]
-        names[prefix + "post_attention_layernorm.weight"] = layer["experts_norm"]["scale"]
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            names[prefix + f"self_attn.{theirs}.weight"] = layer["attention"][ours].reshape(config.width, -1).T
-        names[prefix + "self_attn.o_proj.weight"] = layer["attention"]["out"].reshape(-1, config.width).T
-        gate, up, down = (np.asarray(layer["experts"][name]).transpose(0, 2, 1) for name in ("gate", "up", "down"))
-        names[prefix + "mlp.gate.weight"] = layer["experts"]["router"].T
-        names[prefix + "mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
-        names[prefix + "mlp.experts.down_proj"] = down
-    return names
 
 
 def measure(sides: dict[str, Callable[[], np.ndarray]], repeats: int) -> dict[str, list[float]]:
