@@ -1,15 +1,22 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved asynchronously and atomically.
 
-A checkpoint is a folder `checkpoints/STEP/` with four items: `weights` (parameters and router state: all that
-evaluation, generation and export need), `optimizer` (moments, step, dropout key), `data` (the iterator's state) and
-`config`. A folder gets its name only when it is complete, so a run that is killed while saving keeps its previous
-checkpoint and loses nothing else.
+A checkpoint is a folder `checkpoints/STEP/` with five items: `weights` (parameters and router state: all that evaluation,
+generation and export need), `optimizer` (moments, step, dropout key), `data` (the iterator's state), `config`, and `digests` of
+what is in the others. A folder gets its name only when it is complete, so a run that is killed while saving keeps its previous
+checkpoint and loses nothing else. What is read is compared with its digest: a run whose newest checkpoint is damaged goes on from
+the one before, and the damaged one is set aside in `damaged/`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +25,18 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
 from slimmoe_jax import config as config_lib
+from slimmoe_jax import digests
 from slimmoe_jax import state as state_lib
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and of a failed one each task, of which one comes back as an error
+
+
+class DamagedError(InputError):
+    """A checkpoint cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
@@ -32,6 +45,7 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, config: TrainConfig | None = None):
         """Opens WORKDIR/checkpoints; with a config for writing, without one for reading."""
         self.directory = Path(workdir).absolute() / "checkpoints"
+        self.damaged: list[str] = []  # what `restore` found to be wrong with checkpoints that it set aside
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -63,33 +77,52 @@ class Checkpoints:
           step: steps done, as the state counts them too.
           data: JSON-able state of the iterator after the batches of these steps.
         """
-        self._manager.save(
+        weights = {"params": state.params, "router": state.router}
+        optimizer = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+        sums = {"weights": digests.of_tree(weights), "optimizer": digests.of_tree(optimizer), "data": _json_digest(data)}
+        self._save(
             step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave({"params": state.params, "router": state.router}),
-                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state, "key": state.key}),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(config_lib.to_json(config)),
-            ),
-            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+            None if validation_loss is None else {"validation_loss": validation_loss},
+            weights=ocp.args.StandardSave(weights),
+            optimizer=ocp.args.StandardSave(optimizer),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config_lib.to_json(config)),
+            digests=ocp.args.JsonSave(sums),
         )
 
     def save_weights(self, step: int, params: Any, router: RouterState, config: TrainConfig) -> None:
         """Saves what starts another run, evaluates and generates, and cannot be resumed: there is no optimiser."""
-        self._manager.save(
+        weights = {"params": params, "router": router}
+        self._save(
             step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave({"params": params, "router": router}),
-                config=ocp.args.JsonSave(config_lib.to_json(config)),
-            ),
+            None,
+            weights=ocp.args.StandardSave(weights),
+            config=ocp.args.JsonSave(config_lib.to_json(config)),
+            digests=ocp.args.JsonSave({"weights": digests.of_tree(weights)}),
         )
 
     def restore(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, dict]:
         """The training state and the iterator's state, placed on `mesh`, whatever mesh they were saved from.
 
+        Without a step, the newest checkpoint that is whole is read. Newer ones that are damaged are moved to the run's folder
+        `damaged`, and `damaged` says what was wrong with them.
+
         Raises:
-          InputError: no checkpoint, one of weights alone, or one that is damaged or of another model.
+          InputError: no checkpoint, one of weights alone, or none that is whole and of this model.
         """
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        found: dict[int, DamagedError] = {}
+        for candidate in steps or [None]:
+            try:
+                restored = self._restore_state(config, mesh, candidate)
+            except DamagedError as error:
+                found[candidate] = error
+                continue
+            self._set_aside(found)
+            return restored
+        raise next(iter(found.values()))
+
+    def _restore_state(self, config: TrainConfig, mesh: Mesh, step: int | None) -> tuple[TrainState, dict]:
         self._check_resumable(step)
         like = state_lib.abstract(config, mesh)
         items = self._restore(
@@ -99,6 +132,17 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         return TrainState(**items.weights, **items.optimizer), items.data
+
+    def _set_aside(self, found: dict[int, DamagedError]) -> None:
+        """Moves damaged checkpoints away, so that their steps can be saved again and none of them counts among those to keep."""
+        for step, error in found.items():
+            self.damaged.append(str(error))
+            place = self.directory.parent / "damaged" / str(step)
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            (self.directory / str(step)).rename(place)
+        if found:
+            self._manager.reload()
 
     def restore_weights(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[Any, RouterState]:
         """Parameters and router state alone."""
@@ -113,11 +157,34 @@ class Checkpoints:
         return config_lib.from_json(tree, f"{self.directory}/{step or self.latest}/config")
 
     def wait(self) -> None:
-        """Blocks until what was started is written."""
-        self._manager.wait_until_finished()
+        """Blocks until what was started is written.
+
+        Raises:
+          InputError: it could not be.
+        """
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits, as `wait` does, and ends."""
+        with self._saving():
+            self._manager.close()
+
+    def _save(self, step: int, metrics: dict[str, float] | None, **items: ocp.args.CheckpointArgs) -> None:
+        with self._saving():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Turns what goes wrong in writing, here or behind, into one line."""
+        try:
+            yield
+        except Exception as error:
+            kept = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+            before = f"the same command goes on from step {kept[-1]}" if kept else "there is none yet"
+            raise InputError(
+                f"a checkpoint could not be saved in {self.directory} ({_reason(error)}): make room; {before}"
+            ) from error
 
     def _check_resumable(self, step: int | None) -> None:
         step = self.latest if step is None else step
@@ -135,12 +202,38 @@ class Checkpoints:
             have = f"it holds steps {steps}" if steps else "train one first, or name another run's folder"
             raise InputError(f"no checkpoint {'' if step is None else step} in {self.directory}: {have}")
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            if (self.directory / str(step) / "digests").is_dir():
+                items["digests"] = ocp.args.JsonRestore()
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            _compare_digests(restored)
+            return restored
         except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            reason = _reason(error)
             others = [s for s in steps if s != step]
             mend = f"remove that folder to go on from step {max(others)}" if others else "there is no other in this run"
-            raise InputError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
+            raise DamagedError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
+
+
+def _compare_digests(restored: Any) -> None:
+    """Raises ValueError where an item is not what was saved."""
+    for item, kept in (restored.get("digests") or {}).items():
+        if item in restored:
+            found = _json_digest(restored[item]) if item == "data" else digests.of_tree(restored[item])
+            if found != kept:
+                names = [name for name in kept if found.get(name) != kept[name]] if item != "data" else [""]
+                raise ValueError(f"{item}{names[0] if names else ''} is not what was saved")
+
+
+def _json_digest(tree: dict) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line: what the system said, where it is that."""
+    of_system = re.search(r"([^:]*) \[os_error_code=", str(error))
+    if of_system:
+        return of_system[1].strip()
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:

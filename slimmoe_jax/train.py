@@ -92,7 +92,9 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     if resuming:
         train_state, data_state = checkpoints.restore(config, mesh)
         batches.set_state(data_state)
-        say(f"resuming {workdir} from step {checkpoints.latest}")
+        for reason in checkpoints.damaged:
+            say(f"{reason.split(': ')[0]}; it is set aside in {workdir / 'damaged'}")
+        say(f"resuming {workdir} from step {int(jax.device_get(train_state.step))}")
     else:
         train_state = state.create(config, mesh)
         if initial is not None:
