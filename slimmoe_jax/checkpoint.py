@@ -1,10 +1,10 @@
 """Orbax checkpoints: weights, optimiser, data iterator and config, saved asynchronously and atomically.
 
 A checkpoint is a folder `checkpoints/STEP/` with five items: `weights` (parameters and router state: all that evaluation,
-generation and export need), `optimizer` (moments, step, dropout key), `data` (the iterator's state), `config`, and `digests` of
-what is in the others. A folder gets its name only when it is complete, so a run that is killed while saving keeps its previous
-checkpoint and loses nothing else. What is read is compared with its digest: a run whose newest checkpoint is damaged goes on from
-the one before, and the damaged one is set aside in `damaged/`.
+generation and export need), `optimizer` (moments, step, dropout key, loss window), `data` (the iterator's state), `config`,
+and `digests` of what is in the others. A folder gets its name only when it is complete, so a run that is killed while saving
+keeps its previous checkpoint and loses nothing else. What is read is compared with its digest: a run whose newest checkpoint
+is damaged goes on from the one before, and the damaged one is set aside in `damaged/`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import digests
+from slimmoe_jax import digests, distributed
 from slimmoe_jax import state as state_lib
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.routing import RouterState
@@ -78,7 +78,7 @@ class Checkpoints:
           data: JSON-able state of the iterator after the batches of these steps.
         """
         weights = {"params": state.params, "router": state.router}
-        optimizer = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+        optimizer = {"step": state.step, "opt_state": state.opt_state, "key": state.key, "window": state.window}
         sums = {"weights": digests.of_tree(weights), "optimizer": digests.of_tree(optimizer), "data": _json_digest(data)}
         self._save(
             step,
@@ -128,7 +128,9 @@ class Checkpoints:
         items = self._restore(
             step,
             weights=ocp.args.StandardRestore({"params": like.params, "router": like.router}),
-            optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state, "key": like.key}),
+            optimizer=ocp.args.StandardRestore(
+                {"step": like.step, "opt_state": like.opt_state, "key": like.key, "window": like.window}
+            ),
             data=ocp.args.JsonRestore(),
         )
         return TrainState(**items.weights, **items.optimizer), items.data
@@ -138,10 +140,12 @@ class Checkpoints:
         for step, error in found.items():
             self.damaged.append(str(error))
             place = self.directory.parent / "damaged" / str(step)
-            place.parent.mkdir(exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
-            (self.directory / str(step)).rename(place)
+            if distributed.is_first():
+                place.parent.mkdir(exist_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
+                (self.directory / str(step)).rename(place)
         if found:
+            distributed.wait("damaged checkpoints set aside")
             self._manager.reload()
 
     def restore_weights(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[Any, RouterState]:

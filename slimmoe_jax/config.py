@@ -127,6 +127,9 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     accumulate: int = 1  # micro-batches a step
     z_weight: float = 0.0  # z-loss on the output logits
+    skip_sigma: float = 0.0  # leave out a step whose loss or gradient norm is so many sigma above the window's mean; 0: never
+    skip_window: int = 128  # steps in that window
+    skip_limit: int = 10  # steps left out in a row that end the run, with a dump of the last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,7 @@ class TrainConfig:
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     init_from: str = ""  # run whose weights start this one: RUN (newest), RUN/STEP or RUN/best
     log_every: int = 10  # steps between lines of metrics.jsonl
+    watchdog: int = 1_800  # seconds without a step after which the run ends with the stacks of its threads; 0: never
     compilation_cache: str = "~/.cache/slimmoe_jax/xla"  # folder of compiled programs; empty: none
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

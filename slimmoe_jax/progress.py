@@ -19,12 +19,14 @@ class Meter:
       label: what is being done.
       total: where the count ends; 0 where nobody knows.
       done: where it starts.
+      quiet: show nothing, as for a process that is not the first.
     """
 
-    def __init__(self, label: str, total: float, done: float = 0):
+    def __init__(self, label: str, total: float, done: float = 0, quiet: bool = False):
         self._label, self._total, self._first = label, total, done
         self._console = Console(file=sys.stderr, soft_wrap=True)
-        self._live = self._console.is_terminal
+        self._quiet = quiet
+        self._live = self._console.is_terminal and not quiet
         self._started = self._printed = time.monotonic()
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")]
         columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
@@ -42,7 +44,7 @@ class Meter:
         """Shows how far things are; off a terminal, at most every 15 seconds and at the end."""
         self._bar.update(self._task, completed=done, text=text)
         now = time.monotonic()
-        if self._live or (now - self._printed < SECONDS_BETWEEN_LINES and done != self._total):
+        if self._live or self._quiet or (now - self._printed < SECONDS_BETWEEN_LINES and done != self._total):
             return
         self._printed = now
         eta = ""
@@ -54,7 +56,7 @@ class Meter:
         """Prints a line that stays, above the live one."""
         if self._live:
             self._console.print(line, markup=False, highlight=False)
-        else:
+        elif not self._quiet:
             print(line, file=sys.stderr, flush=True)
 
 

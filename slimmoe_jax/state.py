@@ -15,6 +15,7 @@ from slimmoe_jax import optim, sharding
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.routing import RouterState
+from slimmoe_jax.spikes import Window
 
 
 @struct.dataclass
@@ -26,6 +27,7 @@ class TrainState:
     router: RouterState
     opt_state: Any
     key: jax.Array  # [2] uint32, dropout key data; each step folds its number in
+    window: Window  # losses and gradient norms of late
 
 
 def build_model(config: TrainConfig) -> SlimMoE:
@@ -42,6 +44,7 @@ def _initial(config: TrainConfig) -> TrainState:
         router=RouterState.initial(config.model),
         opt_state=optim.make(config).init(params),
         key=jax.random.key_data(dropout_key),
+        window=Window.empty(config.optim.skip_window),
     )
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slimmoe_jax import losses, optim, routing
+from slimmoe_jax import losses, optim, routing, spikes
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.routing import RouterState
@@ -59,7 +59,11 @@ def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
 def make_train_step(
     config: TrainConfig, model: SlimMoE, optimizer: optax.GradientTransformation, end_token: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function (state, batch) -> (state, metrics). A step whose loss or gradient is not finite changes no weight."""
+    """The function (state, batch) -> (state, metrics).
+
+    A step whose loss or gradient is not finite changes nothing but the step's number. With `optim.skip_sigma`, one whose loss or
+    gradient norm is a spike changes no weight and no moment either.
+    """
     router_config, accumulate = config.model.router, config.optim.accumulate
     learning_rate = optim.schedule(config)
 
@@ -119,16 +123,21 @@ def make_train_step(
         new = (optax.apply_updates(state.params, updates), opt_state, router)
         # Selection, not multiplication by 0: 0 x NaN is NaN.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        sigmas = spikes.sigmas(state.window, parts["loss"], norm)
+        spike = jnp.maximum(*sigmas) > config.optim.skip_sigma if config.optim.skip_sigma else jnp.bool_(False)
         old = (state.params, state.opt_state, state.router)
-        params, opt_state, router = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        params, opt_state, router = _select(finite & ~spike, new, old)
+        window = _select(finite, spikes.push(state.window, parts["loss"], norm, sigmas[0]), state.window)
 
-        metrics = parts | {"grad_norm": norm, "learning_rate": learning_rate(state.step), "skipped": ~finite}
+        metrics = parts | {"grad_norm": norm, "learning_rate": learning_rate(state.step)}
+        metrics |= {"skipped": ~finite | spike, "loss_sigma": sigmas[0], "spike_score": spikes.score(window)}
         if stats is not None:
             metrics |= routing.metrics(stats) | {
                 "threshold": state.router.threshold,
                 "l1_weight": state.router.l1_weight,
             }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, router=router), metrics
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, router=router, window=window)
+        return state, metrics
 
     return train_step
 
@@ -153,6 +162,10 @@ def make_eval_step(
 def _split(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] -> [A, B / A, ...]; micro-batch a takes rows a, a + A, ..., so that each device keeps its own rows."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _select(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -11,16 +11,15 @@ What a start does, in this order:
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import functools
 import json
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -28,7 +27,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import attention, checkpoint, cli, evaluate, generate, metrics, ngrams, optim, sharding, state, step, summary
+from slimmoe_jax import (
+    attention,
+    checkpoint,
+    cli,
+    distributed,
+    dump,
+    evaluate,
+    generate,
+    metrics,
+    ngrams,
+    optim,
+    sharding,
+    state,
+    step,
+    summary,
+)
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.data import loading, tokenizers
@@ -46,13 +60,14 @@ MAY_CHANGE += (
     "model.dispatch",
     "model.dropout",
     "precision",
+    "watchdog",
 )
-STOP_AFTER_SKIPPED = 10  # steps in a row without a finite loss
 
 
 def main(argv: Sequence[str]) -> int:
     if not any(word in ("--help", "-h") or word.split("=")[0] == "--config" for word in argv):
         raise InputError("--config is missing: give a config, such as configs/quickstart.py, or a run's config.json")
+    argv = distributed.start(argv)
     dry_run = "--dry-run" in argv
     config = cli.train_config(
         [word for word in argv if word != "--dry-run"],
@@ -79,7 +94,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     initial = _initial_weights(config, mesh) if config.init_from and not resuming else None
 
     # --- data ---
-    records, mixture = loading.open_all(config.data, config.model)
+    with distributed.first_goes_first("records"):
+        records, mixture = loading.open_all(config.data, config.model)
     if initial is not None:
         records_lib.check_same_tokenizer(records, initial.directory)
     if resuming:
@@ -106,35 +122,42 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
         return 0
 
     # --- run folder ---
-    config_lib.save(config, workdir / "config.json")
-    tokenizers.save(records.tokenizer(), workdir)
+    if distributed.is_first():
+        config_lib.save(config, workdir / "config.json")
+        tokenizers.save(records.tokenizer(), workdir)
 
     # --- steps ---
     model = state.build_model(config)
-    train_step = jax.jit(step.make_train_step(config, model, optim.make(config), records.end_token), donate_argnums=0)
-    eval_step = jax.jit(step.make_eval_step(config, model, records.end_token))
-    writer = metrics.JsonlWriter(workdir / "metrics.jsonl", start)
+    layout = (jax.tree.map(lambda leaf: leaf.sharding, train_state), sharding.replicated(mesh))  # metrics are read by each process
+    train_step = step.make_train_step(config, model, optim.make(config), records.end_token)
+    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=layout)
+    eval_step = jax.jit(step.make_eval_step(config, model, records.end_token), out_shardings=sharding.replicated(mesh))
+    writer = metrics.JsonlWriter(workdir / "metrics.jsonl", start) if distributed.is_first() else None
     log = Log(config, writer, start, records.manifest["context"])
     evaluator = functools.partial(_evaluate, config, records, eval_step, model, mesh, log)
 
     # --- loop ---
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
-    signals, pending, validation_loss = StopSignals(), None, None
+    signals, pending, validation_loss = distributed.StopSignals(), None, None
     with sharding.use(mesh), log, signals:
         say("compiling the training step")
         if initial is not None:
             say(f"before training: validation loss {_held_out(config, records, eval_step, mesh, train_state).loss:.4f}")
-        batch = put_next(batches, mesh)
+        batch, rows = put_next(batches, mesh)
         for number in range(start + 1, config.steps + 1):
+            watch(config.watchdog)
             data_state = batches.get_state()
             with jax.transfer_guard("disallow"):  # nothing moves but what is asked for: batches in, metrics out
                 train_state, step_metrics = train_step(train_state, batch)
+                of_step = rows
                 if number < config.steps:
-                    batch = put_next(batches, mesh)
+                    batch, rows = put_next(batches, mesh)
                 if pending:
                     log.step(*pending)
-            pending = (number, step_metrics)
-            last = number == config.steps or signals.received is not None
+            pending = (number, step_metrics, of_step)
+            if log.given_up:
+                break
+            last = signals.stop_after(number) or number == config.steps
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
             if evaluated or last or number % config.checkpoint.every == 0:
                 log.step(*pending, hold=evaluated)
@@ -145,14 +168,26 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
                 checkpoints.save(number, train_state, data_state, config, validation_loss if evaluated else None)
             if last:
                 break
+        watch(0)
         checkpoints.close()
-    writer.close()
+    if writer:
+        writer.close()
+    if log.given_up:
+        at, of_step = log.given_up
+        again = ""
+        if jax.process_count() == 1:  # each process has but its own rows of the batch
+            dump.write(workdir / "dump", config, records.tokenizer(), train_state, at, of_step)
+            again = f" python -m slimmoe_jax.dump --dump {workdir / 'dump'} runs the last of them again;"
+        raise InputError(
+            f"{config.optim.skip_limit} steps in a row up to {at} had no usable loss:{again} lower optim.learning_rate and resume"
+            " from the last checkpoint"
+        )
     if signals.received is not None:
         say(f"stopped by {signals.received.name}; saved step {number}: the same command goes on from there")
         return 128 + signals.received
 
     # --- done ---
-    if config.eval.ngrams:
+    if config.eval.ngrams and distributed.is_first():
         _compare_with_ngrams(config, records, _evaluation_rows(config, mesh) * config.eval.batches, validation_loss)
     say(f"finished {number} steps; the run is in {workdir}. Next:")
     if config.data.format == "multiple_choice":
@@ -166,13 +201,25 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if distributed.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
-def put_next(batches: records_lib.Batches, mesh: Mesh) -> step.Batch:
-    """The next batch, on its way to the devices."""
-    batch = next(batches)
-    return sharding.put_batch({name: rows for name, rows in batch.items() if name != "records"}, mesh)
+def put_next(batches: records_lib.Batches, mesh: Mesh) -> tuple[step.Batch, dict[str, np.ndarray]]:
+    """The next batch, on its way to the devices, and this process's rows of it with their numbers, "records"."""
+    rows = next(batches)
+    return sharding.put_batch({name: values for name, values in rows.items() if name != "records"}, mesh), rows
+
+
+def watch(seconds: int) -> None:
+    """Ends the process, with the stacks of all its threads, if this is not called again within some seconds; 0 ends the watch.
+
+    A hung collective or a stalled reader leaves nothing else to be seen.
+    """
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _holds_run(workdir: Path) -> bool:
@@ -215,7 +262,7 @@ def _evaluate(
     """Held-out loss and a sample of text, written and shown."""
     result = _held_out(config, records, eval_step, mesh, train_state)
     row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
-    if config.eval.sample_tokens:
+    if config.eval.sample_tokens and jax.process_count() == 1:  # several processes would each have to decode
         row["sample"] = generate.sample_text(
             model, train_state.params, train_state.router, records.tokenizer(), config.eval.prompt,
             new_tokens=config.eval.sample_tokens, temperature=config.eval.temperature, seed=config.seed,
@@ -229,7 +276,8 @@ def _held_out(
     config: TrainConfig, records: records_lib.Records, eval_step: Callable, mesh: Mesh, train_state: TrainState
 ) -> evaluate.HeldOut:
     split = records.split("validation")
-    batches = records_lib.evaluation_batches(split, _evaluation_rows(config, mesh), config.eval.batches)
+    processes = {"process": jax.process_index(), "processes": jax.process_count()}
+    batches = records_lib.evaluation_batches(split, _evaluation_rows(config, mesh), config.eval.batches, **processes)
     return evaluate.held_out(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
 
 
@@ -249,35 +297,17 @@ def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, scor
     )
 
 
-class StopSignals:
-    """SIGTERM and SIGINT end the run after the current step, with a checkpoint. A second one changes nothing."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
-
-
 class Log:
     """Writes `metrics.jsonl` and the progress line."""
 
-    def __init__(self, config: TrainConfig, writer: metrics.JsonlWriter, start: int, context: int):
+    def __init__(self, config: TrainConfig, writer: metrics.JsonlWriter | None, start: int, context: int):
         self._config, self._writer = config, writer
         self._tokens = config.data.batch_size * context
         self._flops = metrics.train_flops_per_token(config.model, context)
         self._peak = metrics.device_peak(config.precision)
-        self._meter = Meter("train", config.steps, start)
+        self._meter = Meter("train", config.steps, start, quiet=writer is None)
         self._last_step, self._last_time, self._skipped = start, time.perf_counter(), 0
+        self.given_up: tuple[int, dict[str, np.ndarray]] | None = None  # the last of too many steps left out, and its rows
         self._held: dict[str, Any] = {}
         model = config.model
         say(
@@ -293,10 +323,10 @@ class Log:
     def __exit__(self, *error: Any) -> None:
         self._meter.__exit__(*error)
 
-    def step(self, number: int, step_metrics: step.Metrics, hold: bool = False) -> None:
+    def step(self, number: int, step_metrics: step.Metrics, rows: dict[str, np.ndarray], hold: bool = False) -> None:
         """Reads a step's metrics, which waits for the step to be done. With `hold` its line waits for the evaluation."""
         values = jax.device_get(step_metrics)
-        self._count_skipped(number, bool(values["skipped"]))
+        self._count_skipped(number, values, rows)
         if number % self._config.log_every and not hold:
             return
         now = time.perf_counter()
@@ -307,7 +337,7 @@ class Log:
         row |= {"mfu": self._flops["causal"] * achieved, "mfu_palm": self._flops["palm"] * achieved}
         if hold:
             self._held = row
-        else:
+        elif self._writer:
             self._writer.write(row)
         text = f"step {number}/{self._config.steps}, loss {values['loss']:.3f}, {short(rate)} tokens/s, MFU {row['mfu']:.1%}"
         if self._config.model.is_moe:
@@ -317,22 +347,24 @@ class Log:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Joins an evaluation to the line of its step. Its time does not count as training time."""
-        self._writer.write(self._held | row)
+        if self._writer:
+            self._writer.write(self._held | row)
         loss, bits = row["validation_loss"], row["validation_bits_per_byte"]
         self._meter.note(f"step {self._held['step']}: validation loss {loss:.4f}, {bits:.4f} bits a byte")
         if "sample" in row:
             self._meter.note(f"  sample: {json.dumps(row['sample'], ensure_ascii=False)}")
         self._last_time = time.perf_counter()
 
-    def _count_skipped(self, number: int, skipped: bool) -> None:
-        self._skipped = self._skipped + 1 if skipped else 0
-        if skipped:
-            self._meter.note(f"step {number}: loss or gradient is not finite; the update is left out")
-        if self._skipped == STOP_AFTER_SKIPPED:
-            raise InputError(
-                f"{STOP_AFTER_SKIPPED} steps in a row up to {number} had no finite loss: lower optim.learning_rate and resume"
-                " from the last checkpoint"
-            )
+    def _count_skipped(self, number: int, values: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> None:
+        if not values["skipped"]:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+        why = f"loss {values['loss']:.4g} or its gradient is a spike" if finite else "loss or gradient is not finite"
+        self._meter.note(f"step {number}: {why}; the update is left out; records {', '.join(map(str, rows['records'].tolist()))}")
+        if self._skipped >= self._config.optim.skip_limit and self.given_up is None:
+            self.given_up = number, rows
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ def validate(config: TrainConfig) -> None:
     _validate_router(config.model)
     _validate_data(config.data)
     _validate_optim(config)
-    _positive(config, "steps", "log_every", "checkpoint.every", "checkpoint.keep_last")
+    _positive(config, "steps", "log_every", "checkpoint.every", "checkpoint.keep_last", "optim.skip_window", "optim.skip_limit")
+    _at_least_zero(config, "watchdog", "optim.skip_sigma")
     if config.eval.ngrams and config.data.format != "text":
         raise InputError(
             f"eval.ngrams compares with models of running text, not of data.format = {config.data.format}: turn it off"

@@ -1,0 +1,118 @@
+"""Several processes that train one model: how they find each other, wait for each other, and stop together.
+
+Under SLURM, Kubernetes (indexed jobs) and Open MPI, JAX finds the others by itself. Elsewhere each process is told:
+
+    python -m slimmoe_jax.train --config C.py --coordinator HOST:PORT --processes 2 --process 0     # and 1, on the other host
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+from slimmoe_jax.config import InputError
+
+FLAGS = ("--coordinator", "--processes", "--process")
+# Set for each task by a launcher that JAX knows: (how many, where that is 1 there is nothing to start).
+LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def start(argv: Sequence[str]) -> list[str]:
+    """Joins the other processes, if there are any, and returns argv without the flags that say where they are.
+
+    Raises:
+      InputError: the flags are incomplete, or the others cannot be reached.
+    """
+    argv, given = _take_flags(argv)
+    launched = any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS) or "JOB_COMPLETION_INDEX" in os.environ
+    if not given and not launched:
+        return argv
+    if given and len(given) < len(FLAGS):
+        raise InputError(f"{', '.join(flag for flag in FLAGS if flag not in given)} is missing: the three go together")
+    try:
+        if given:
+            number, process = int(given["--processes"]), int(given["--process"])
+            if not 0 <= process < number:
+                raise InputError(f"--process {process} of --processes {number}: they are numbered from 0")
+            jax.distributed.initialize(given["--coordinator"], number, process)
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the other processes cannot be joined ({str(error).splitlines()[0]}): check {', '.join(FLAGS)}"
+        ) from error
+    return argv
+
+
+def _take_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    rest, given = [], {}
+    words = iter(argv)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in FLAGS:
+            given[flag] = value or next(words, "")
+        else:
+            rest.append(word)
+    return rest, given
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def wait(what: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def first_goes_first(what: str) -> Iterator[None]:
+    """The first process goes through alone; the others follow and find what it has made."""
+    if not is_first():
+        wait(what)
+    yield
+    if is_first():
+        wait(what)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT end the run after the current step, with a checkpoint. A second one changes nothing.
+
+    Of several processes any may be asked to stop, as a cluster does with one that it is about to take away: all then stop after the
+    same step, which JAX agrees upon.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._several = jax.process_count() > 1
+
+    def __enter__(self) -> StopSignals:
+        # With several processes SIGTERM belongs to JAX, which tells the others.
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop_after(self, step: int) -> bool:
+        """Whether this step is the last. All processes ask, at each step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.received = self.received or signal.SIGTERM
+            return True
+        return self.received is not None and not self._several
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if self._several:
+                os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,116 @@
+"""What a run leaves when it gives up on a batch, and how that batch is run again.
+
+    python -m slimmoe_jax.dump --dump RUN/dump
+
+A dump is a run's folder with the weights that met the batch, and the batch beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimmoe_jax import checkpoint, cli, losses, optim, sharding, spikes, state, step
+from slimmoe_jax import config as config_lib
+from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
+from slimmoe_jax.data import tokenizers
+from slimmoe_jax.data.tokenizers import Tokenizer
+from slimmoe_jax.state import TrainState
+
+
+def write(
+    directory: Path, config: TrainConfig, tokenizer: Tokenizer, train_state: TrainState, number: int, batch: dict[str, np.ndarray]
+) -> None:
+    """Keeps step `number`'s batch, by channel [B, S + 1] and "records" [B], with the weights and the dropout key that it met."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, directory / "config.json")
+    tokenizers.save(tokenizer, directory)
+    checkpoints = checkpoint.Checkpoints(directory, config)
+    checkpoints.save_weights(number, train_state.params, train_state.router, config)
+    checkpoints.close()
+    np.savez(directory / f"batch-{number}.npz", key=jax.device_get(train_state.key), **batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """A dumped step, run again."""
+
+    step: int
+    loss: float  # with the step's own dropout
+    grad_norm: float
+    records: dict[int, float]  # each record's mean loss without dropout, nats a token
+    largest: dict[str, float]  # each parameter's largest absolute value
+
+
+def replay(directory: Path) -> Replayed:
+    """Runs the newest step of a dump again.
+
+    Raises:
+      InputError: it is no dump, or a damaged one.
+    """
+    mesh = sharding.make_mesh(MeshConfig())
+    run = checkpoint.load_run(directory, mesh)
+    path = directory / f"batch-{run.step}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            batch = {name: file[name] for name in file.files}
+        key, records = batch.pop("key"), batch.pop("records")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}): give the folder `dump` of a run") from error
+    config, model, optimizer = run.config, state.build_model(run.config), optim.make(run.config)
+    end_token = tokenizers.saved(directory).end_token
+    before = TrainState(
+        step=jnp.int32(run.step - 1), params=run.params, router=run.router, opt_state=optimizer.init(run.params),
+        key=jnp.asarray(key), window=spikes.Window.empty(config.optim.skip_window),
+    )  # fmt: skip
+
+    def record_losses(params: Any, router: Any, batch: step.Batch) -> jax.Array:
+        inputs = step.inputs_of(batch, end_token if config.data.document_mask else None)
+        positions, segments = inputs.get("positions"), inputs.get("segments")
+        out = model.apply({"params": params}, inputs["tokens"], router, positions=positions, segments=segments)
+        nll = losses.token_nll(out.hidden, out.head, inputs["targets"]) * inputs["weights"]
+        return nll.sum(axis=1) / jnp.maximum(inputs["weights"].sum(axis=1), 1)
+
+    with sharding.use(mesh):
+        _, metrics = jax.jit(step.make_train_step(config, model, optimizer, end_token))(before, batch)
+        of_records = jax.jit(record_losses)(run.params, run.router, batch)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.params))
+    return Replayed(
+        run.step, float(metrics["loss"]), float(metrics["grad_norm"]),
+        records=dict(zip(records.tolist(), jax.device_get(of_records).tolist(), strict=True)),
+        largest={jax.tree_util.keystr(path): float(np.abs(leaf).max()) for path, leaf in leaves},
+    )  # fmt: skip
+
+
+def report(replayed: Replayed) -> str:
+    """The step's figures, the records of the highest losses and the parameters of the largest values, those not finite first."""
+
+    def worst(figures: dict[Any, float]) -> list[str]:
+        order = sorted(figures.items(), key=lambda item: -item[1] if np.isfinite(item[1]) else -np.inf)
+        return [f"  {name}: {value:.4g}" for name, value in order[:8]]
+
+    lines = [f"step {replayed.step} again: loss {replayed.loss:.6g}, gradient norm {replayed.grad_norm:.6g}"]
+    lines += ["records by loss, nats a token:", *worst(replayed.records)]
+    return "\n".join([*lines, "parameters by largest absolute value:", *worst(replayed.largest)])
+
+
+@dataclasses.dataclass(frozen=True)
+class DumpArgs:
+    dump: str = ""  # folder `dump` of a run
+
+
+def main(argv: Sequence[str]) -> None:
+    args = cli.parse(DumpArgs, argv, prog="dump", description="Runs a batch again that a run gave up on.", default=DumpArgs())
+    if not args.dump:
+        raise InputError("--dump is missing: give the folder `dump` of a run")
+    print(report(replay(Path(args.dump).expanduser())))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,182 @@
+"""Several processes on this machine's loopback, and what the shards of eight devices hold."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from slimmoe_jax import distributed, metrics, optim, sharding, state, step
+from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+from slimmoe_jax.config import *
+
+def get_config():
+    return TrainConfig(
+        name="tiny", steps=8, log_every=1,
+        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
+                          expert_hidden=32, dropout=0.0),
+        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=32,
+                        batch_size=8, validation_fraction=0.1),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, accumulate=2),
+        checkpoint=CheckpointConfig(every=2),
+        eval=EvalConfig(every=4, batches=2, sample_tokens=0),
+    )
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(folder, processes, *flags):
+    """Starts so many processes of one training run, each with a device of its own."""
+    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
+    words = [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", cache, *map(str, flags)]
+    if processes > 1:
+        words += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"]
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    started = []
+    for process in range(processes):
+        more = [str(process)] if processes > 1 else []
+        started.append(subprocess.Popen(words + more, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def train(folder, processes, *flags, code=0):
+    """Runs them to their end; what each said."""
+    started = start(folder, processes, *flags)
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [code] * processes, "\n---\n".join(said)
+    return said
+
+
+def losses(run, field="loss"):
+    rows = metrics.read_jsonl(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "each step once, in order"
+    return [row[field] for row in rows if field in row]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny config, its text, and a run of it in one process."""
+    path = tmp_path_factory.mktemp("distributed")
+    (path / "tiny.py").write_text(TINY)
+    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
+    (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(path, 1, "--workdir", "alone")
+    return path
+
+
+def same_losses(run, other):
+    for field in ("loss", "validation_loss", "balance_loss"):
+        np.testing.assert_allclose(losses(run, field), losses(other, field), rtol=1e-5, err_msg=field)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_and_only_the_first_speaks(folder):
+    first, second = train(folder, 2, "--workdir", "two")
+    same_losses(folder / "two", folder / "alone")
+    assert "finished 8 steps" in first and "step" not in second and "slimmoe" not in second
+    assert sorted(path.name for path in (folder / "two" / "checkpoints").iterdir()) == sorted(
+        path.name for path in (folder / "alone" / "checkpoints").iterdir()
+    )
+
+
+@pytest.mark.slow
+def test_four_processes_with_sharded_parameters(folder):
+    train(folder, 4, "--workdir", "four", "--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.data", "1")
+    same_losses(folder / "four", folder / "alone")
+
+
+@pytest.mark.slow
+def test_any_process_may_be_asked_to_stop_and_one_goes_on_alone(folder):
+    """SIGTERM to the second process, as a cluster does with the one that it takes away: both save one step and end with 143."""
+    started = start(folder, 2, "--workdir", "stopped", "--steps", "400")
+    wait_for_steps(folder / "stopped", 2, started)
+    started[1].send_signal(signal.SIGTERM)
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [143, 143], said
+    assert "stopped by SIGTERM; saved step" in said[0]
+    at = len(losses(folder / "stopped"))
+    train(folder, 1, "--workdir", "stopped", "--steps", at + 2)
+    train(folder, 1, "--workdir", "unstopped", "--steps", at + 2)
+    np.testing.assert_allclose(losses(folder / "stopped"), losses(folder / "unstopped"), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_all_resume(folder):
+    started = start(folder, 2, "--workdir", "killed", "--steps", "400")
+    wait_for_steps(folder / "killed", 4, started)
+    started[1].kill()
+    started[0].wait(timeout=150)
+    assert started[0].returncode not in (0, None)
+    started[0].communicate()
+    at = len(losses(folder / "killed"))
+    train(folder, 2, "--workdir", "killed", "--steps", at + 2)
+    train(folder, 1, "--workdir", "unkilled", "--steps", at + 2)
+    np.testing.assert_allclose(losses(folder / "killed"), losses(folder / "unkilled"), rtol=1e-4)
+
+
+def wait_for_steps(run, steps, started):
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(metrics.read_jsonl(run / "metrics.jsonl")) < steps:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "127.0.0.1:1"], "--processes, --process is missing"),
+        (["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "2"], "--process 2 of --processes 2"),
+        (["--coordinator=127.0.0.1:1", "--processes=two", "--process=0"], "cannot be joined"),
+    ],
+)
+def test_flags_that_do_not_make_a_group_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        distributed.start([*flags, "--steps", "3"])
+    assert distributed.start(["--steps", "3"]) == ["--steps", "3"]
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+MODEL = ModelConfig(
+    vocab_size=256, layers=2, width=64, heads=4, head_dim=16, kv_heads=(2, 1), expert_hidden=256, experts=4, dropout=0.0
+)
+
+
+def bytes_of_state(mesh_config):
+    """What the compiled step takes on each device, by the compiler's own account, and what the state has in all."""
+    config = TrainConfig(model=MODEL, mesh=mesh_config, optim=OptimConfig(clip_norm=1.0))
+    mesh = sharding.make_mesh(mesh_config)
+    like = state.abstract(config, mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    batch = {"tokens": jax.ShapeDtypeStruct((8, 33), np.int32, sharding=sharding.batch_sharding(mesh))}
+    with sharding.use(mesh):
+        run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
+        compiled = jax.jit(run, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))).lower(like, batch).compile()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    return compiled.memory_analysis().argument_size_in_bytes, whole
+
+
+def test_shards_divide_what_a_device_holds():
+    """fsdp over 8 devices leaves each an eighth of parameters and moments; expert over 4 a quarter of the experts' share."""
+    replicated, whole = bytes_of_state(MeshConfig(data=8))
+    assert replicated == pytest.approx(whole, rel=0.01)
+    divided, _ = bytes_of_state(MeshConfig(data=1, fsdp=8))
+    assert divided < 1.1 * whole / 8
+    by_expert, _ = bytes_of_state(MeshConfig(data=2, expert=4))
+    experts = 3 * 4 * MODEL.layers * 2 * MODEL.experts * MODEL.width * MODEL.expert_hidden
+    assert by_expert == pytest.approx(whole - 3 / 4 * experts, rel=0.01)
