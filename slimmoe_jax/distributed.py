@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 from slimmoe_jax.config import InputError
 
 FLAGS = ("--coordinator", "--processes", "--process")
-# Set for each task by a launcher that JAX knows: (how many, where that is 1 there is nothing to start).
-LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # what those that JAX knows set for each task: how many there are
+MISSED_AFTER = 30  # seconds after which a process that has gone ends the others too
 
 
 def start(argv: Sequence[str]) -> list[str]:
@@ -40,9 +40,9 @@ def start(argv: Sequence[str]) -> list[str]:
             number, process = int(given["--processes"]), int(given["--process"])
             if not 0 <= process < number:
                 raise InputError(f"--process {process} of --processes {number}: they are numbered from 0")
-            jax.distributed.initialize(given["--coordinator"], number, process)
+            jax.distributed.initialize(given["--coordinator"], number, process, heartbeat_timeout_seconds=MISSED_AFTER)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=MISSED_AFTER)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the other processes cannot be joined ({str(error).splitlines()[0]}): check {', '.join(FLAGS)}"

@@ -94,7 +94,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows -> global arrays, split over all devices. Starts the copy and returns."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # between processes JAX takes this for a transfer that nobody asked for
+        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def padded_rows(rows: int, mesh: Mesh) -> int:

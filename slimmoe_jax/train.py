@@ -238,7 +238,7 @@ def _check_resumable(config: TrainConfig, workdir: Path) -> None:
     differing = config_lib.differences(config_lib.load(workdir), config)
     differing.pop("init_from", None)  # it has done its work
     for name, (old, new) in differing.items():
-        if not name.startswith(MAY_CHANGE):
+        if not name.startswith(MAY_CHANGE) or name == "optim.skip_window":  # which is the shape of what is saved
             raise InputError(
                 f"{workdir} holds a run with {name} = {old}, this one has {new}: choose another --workdir, or --init-from"
                 f" {workdir} to start from its weights"

@@ -112,6 +112,32 @@ def test_resume_is_bitwise_with_accumulation_on_several_devices_and_as_users_com
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model.router.kind", "relu", "--optim.schedule", "wsd", "--optim.skip-sigma", "3", "--optim.skip-window", "4"),
+        ("--model.router.kind", "top_k", "--model.router.balance", "bias", "--data.mix", "0.5:text:text.jsonl"),
+    ],
+    ids=["ReLU router, WSD, skip window", "selection bias, mixture"],
+)
+def test_resume_is_bitwise_with_every_controller(folder, flags):
+    name = flags[1]
+    train(folder, "--workdir", f"whole-{name}", *flags)
+    train(folder, "--workdir", f"cut-{name}", "--steps", "5", *flags)
+    train(folder, "--workdir", f"cut-{name}", *flags)
+    assert losses(folder, f"cut-{name}") == losses(folder, f"whole-{name}")
+    for a, b in zip(weights(folder, f"cut-{name}"), weights(folder, f"whole-{name}"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_eight_devices_and_back(folder, reference):
+    for steps, devices, mesh in (("3", 1, []), ("6", 8, ["--mesh.fsdp", "2", "--mesh.expert", "2"]), ("8", 1, [])):
+        train(folder, "--workdir", "moved", "--steps", steps, *mesh, devices=devices)
+    np.testing.assert_allclose(losses(folder, "moved"), reference, atol=1e-5)
+
+
 def test_sigterm_saves_and_the_run_goes_on_exactly(folder, reference):
     process = subprocess.Popen(command("--workdir", "stopped"), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     path = folder / "stopped" / "metrics.jsonl"
