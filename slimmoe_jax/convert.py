@@ -345,14 +345,23 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    files = _shards(index) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         try:
-            tensors |= load_file(folder / file)
-        except (OSError, SafetensorError) as error:
+            tensors |= {name: tensor.astype(np.float32) for name, tensor in load_file(folder / file).items()}
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{folder / file} is missing or damaged ({error}): copy it again") from error
-    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all in its own folder."""
+    held = _json(index).get("weight_map")
+    files = sorted({str(file) for file in held.values()}) if isinstance(held, dict) else []
+    if not files or any(Path(file).name != file for file in files):
+        raise InputError(f"{index} names no files, or files outside its folder: copy it again")
+    return files
 
 
 def _json(path: Path) -> dict:

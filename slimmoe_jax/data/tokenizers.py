@@ -230,7 +230,7 @@ def saved(directory: str | Path, vocab_size: int | None = None) -> Tokenizer:
     directory = Path(directory)
     try:
         kept = json.loads((directory / "tokenizer.json").read_text())
-        name, fingerprint = kept["name"], kept["fingerprint"]
+        name, fingerprint = kept["name"], str(kept["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory} has no readable tokenizer.json: copy it from where the model was trained") from error
     tokenizer = load("gpt2" if name == "gpt2" else str(directory / "tokenizer.model"))
