@@ -170,7 +170,7 @@ class TrainConfig:
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     init_from: str = ""  # run whose weights start this one: RUN (newest), RUN/STEP or RUN/best
     log_every: int = 10  # steps between lines of metrics.jsonl
-    watchdog: int = 1_800  # seconds without a step after which the run ends with the stacks of its threads; 0: never
+    watchdog: int = 1_800  # seconds that a step may take before the run ends with the stacks of its threads; 0: any
     compilation_cache: str = "~/.cache/slimmoe_jax/xla"  # folder of compiled programs; empty: none
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

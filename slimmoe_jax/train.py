@@ -163,6 +163,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
                 log.step(*pending, hold=evaluated)
                 pending = None
             if evaluated:
+                watch(0)  # an evaluation may take as long as it takes
                 validation_loss = evaluator(train_state).loss
             if last or number % config.checkpoint.every == 0:
                 checkpoints.save(number, train_state, data_state, config, validation_loss if evaluated else None)
