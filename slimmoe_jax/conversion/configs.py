@@ -84,9 +84,9 @@ def from_hf(tree: dict[str, Any], where: str) -> tuple[ModelConfig, int]:
         raise InputError(
             f"{where} is of a {tree.get('model_type')} model: give a folder that this command wrote, or one saved from it"
         )
-    if tree.get("hidden_act", "silu") != "silu" or tree.get("rope_parameters", {}).get("rope_type", "default") != "default":
-        raise InputError(f"{where} has another activation than silu, or scaled rotary positions: these do not exist here")
     try:
+        if tree.get("hidden_act", "silu") != "silu" or tree["rope_parameters"].get("rope_type", "default") != "default":
+            raise InputError(f"{where} has another activation than silu, or scaled rotary positions: these do not exist here")
         values = {ours: tree[theirs] for theirs, ours in SAME.items()}
         router = {ours: tree[theirs] for theirs, ours in ROUTER_SAME.items()}
         layers = {int(layer): differing for layer, differing in (tree.get("per_layer_config") or {}).items()}
