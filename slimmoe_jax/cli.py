@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,8 @@ from slimmoe_jax import config as config_lib
 from slimmoe_jax import validation
 from slimmoe_jax.config import InputError, TrainConfig
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command's `main(argv)` and exits. An InputError becomes one line on stderr and exit code 2."""
@@ -22,6 +26,16 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"error: nothing more can be written{where} ({error.strerror}): make room, and give the same command again",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(2)  # not by way of threads that still try to write, and say so at length
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

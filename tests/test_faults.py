@@ -247,9 +247,9 @@ def test_a_disk_that_takes_no_more_costs_nothing(folder, small_disk, fault):
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = train(folder, "--workdir", run)
-    said = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and said[-1].startswith("error: "), done.stderr
-    assert ("No space left" if fault == "full" else "cannot be written to") in said[-1], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert ("No space left" if fault == "full" else "cannot be written to") in errors[0], done.stderr
     if fault == "full":
         filler.unlink()
     else:
@@ -257,3 +257,12 @@ def test_a_disk_that_takes_no_more_costs_nothing(folder, small_disk, fault):
     done = train(folder, "--workdir", run)
     assert done.returncode == 0 and "resuming" in done.stderr, done.stderr
     assert losses(run) == losses(folder / "undisturbed")
+
+
+def test_a_write_that_finds_no_room_is_one_line(tmp_path):
+    """Not only of checkpoints: any write of a command, such as that of a line of metrics."""
+    failing = "lambda argv: open('/dev/full', 'w', buffering=1).write('a line of metrics\\n')"
+    program = f"from slimmoe_jax import cli; cli.run({failing})"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    expected = "error: nothing more can be written (No space left on device): make room, and give the same command again\n"
+    assert done.returncode == 2 and done.stderr == expected
