@@ -77,8 +77,7 @@ class Checkpoints:
           step: steps done, as the state counts them too.
           data: JSON-able state of the iterator after the batches of these steps.
         """
-        weights = {"params": state.params, "router": state.router}
-        optimizer = {"step": state.step, "opt_state": state.opt_state, "key": state.key, "window": state.window}
+        weights, optimizer = _items(state)
         sums = {"weights": digests.of_tree(weights), "optimizer": digests.of_tree(optimizer), "data": _json_digest(data)}
         self._save(
             step,
@@ -124,13 +123,11 @@ class Checkpoints:
 
     def _restore_state(self, config: TrainConfig, mesh: Mesh, step: int | None) -> tuple[TrainState, dict]:
         self._check_resumable(step)
-        like = state_lib.abstract(config, mesh)
+        weights, optimizer = _items(state_lib.abstract(config, mesh))
         items = self._restore(
             step,
-            weights=ocp.args.StandardRestore({"params": like.params, "router": like.router}),
-            optimizer=ocp.args.StandardRestore(
-                {"step": like.step, "opt_state": like.opt_state, "key": like.key, "window": like.window}
-            ),
+            weights=ocp.args.StandardRestore(weights),
+            optimizer=ocp.args.StandardRestore(optimizer),
             data=ocp.args.JsonRestore(),
         )
         return TrainState(**items.weights, **items.optimizer), items.data
@@ -150,9 +147,8 @@ class Checkpoints:
 
     def restore_weights(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[Any, RouterState]:
         """Parameters and router state alone."""
-        like = state_lib.abstract(config, mesh)
-        weights = ocp.args.StandardRestore({"params": like.params, "router": like.router})
-        items = self._restore(step, weights=weights)
+        weights, _ = _items(state_lib.abstract(config, mesh))
+        items = self._restore(step, weights=ocp.args.StandardRestore(weights))
         return items.weights["params"], items.weights["router"]
 
     def config(self, step: int | None = None) -> TrainConfig:
@@ -216,6 +212,12 @@ class Checkpoints:
             others = [s for s in steps if s != step]
             mend = f"remove that folder to go on from step {max(others)}" if others else "there is no other in this run"
             raise DamagedError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a state, or of its shapes, goes into the item `weights`, and what into `optimizer`."""
+    weights = {"params": state.params, "router": state.router}
+    return weights, {"step": state.step, "opt_state": state.opt_state, "key": state.key, "window": state.window}
 
 
 def _compare_digests(restored: Any) -> None:

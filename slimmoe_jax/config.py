@@ -323,6 +323,11 @@ def records_dir(data: DataConfig) -> Path:
     return Path("data") / f"{slug}-{data.context}-{digest}"
 
 
+def parts(data: DataConfig) -> list[DataConfig]:
+    """The main source and those of `data.mix`."""
+    return [data, *(part for _, part in mixed(data))]
+
+
 def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
     """The sources of `data.mix` with their weights; each has the main source's other settings and a folder of its own.
 

@@ -97,7 +97,7 @@ def _run_folder(init_from: str, directory: Path) -> Path | None:
 
 def _sources(config: TrainConfig) -> tuple[str, ...]:
     """What the records were made of: the config's source, those mixed with it, and, where they are here, what the records say."""
-    data = [config.data, *(part for _, part in config_lib.mixed(config.data))]
+    data = config_lib.parts(config.data)
     named = [part.source + (f":{part.split}" if part.split else "") for part in data]
     return tuple(dict.fromkeys([*named, *(source for part in data if (source := _recorded(config_lib.records_dir(part))))]))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
@@ -31,7 +30,7 @@ from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
 from slimmoe_jax.conversion import card, configs, names, parity
 from slimmoe_jax.conversion import tokenizer as tokenizer_files
-from slimmoe_jax.data import stdlib, tokenizers
+from slimmoe_jax.data import records, stdlib, tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
@@ -251,7 +250,7 @@ def write_sums(folder: Path) -> None:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         path.chmod(0o644)  # some writers leave files that nobody else may read
-    sums = [f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}\n" for path in files]
+    sums = [f"{records.sha256(path)}  {path.name}\n" for path in files]
     (folder / SUMS_FILE).write_text("".join(sums))
 
 

@@ -25,7 +25,7 @@ from flax import struct
 
 from slimmoe_jax import checkpoint, cli, sampling, sharding, state
 from slimmoe_jax.attention import KVCache
-from slimmoe_jax.config import InputError, MeshConfig, mixed
+from slimmoe_jax.config import InputError, MeshConfig, parts
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.tokenizers import Tokenizer
@@ -298,7 +298,7 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? and goes on
     try:
         if chatting:
-            if not any(part.format == "chat" for part in (run.config.data, *(part for _, part in mixed(run.config.data)))):
+            if not any(part.format == "chat" for part in parts(run.config.data)):
                 say(f"{run.directory} was not trained on conversations: do not expect answers")
             converse(weights, args, settings, context)
         else:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from slimmoe_jax.config import DataConfig, InputError, mixed
+from slimmoe_jax.config import DataConfig, InputError, parts
 from slimmoe_jax.data import multiple_choice, prepare, records, sources, units
 from slimmoe_jax.data.multiple_choice import Question, Style
 from slimmoe_jax.data.tokenizers import Tokenizer
@@ -69,7 +69,7 @@ def held_out(data: DataConfig) -> Task:
     Raises:
       InputError: the source has no questions, or none is held out.
     """
-    data = next((part for _, part in [(1, data), *mixed(data)] if part.format == "multiple_choice"), data)
+    data = next((part for part in parts(data) if part.format == "multiple_choice"), data)
     if data.format != "multiple_choice":
         raise InputError(
             f"the run was trained on data.format = {data.format}, which holds no questions: name another, held-out:RUN"

@@ -101,25 +101,9 @@ def get_config():
         eval=EvalConfig(every=0, batches=2, sample_tokens=0),
     )
 """
-# A config is Python: this one is the same, with a reader that fails in its own way at one step.
-STALLED = """
+# A config is Python: these are the same, with a reader that fails in its own way at one step.
+PATCHED = """
 import importlib.util, time
-from slimmoe_jax.data import records
-
-spec = importlib.util.spec_from_file_location("tiny", "tiny.py")
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
-get_config, following = tiny.get_config, records.Batches.__next__
-
-def stalled_reader(self):
-    if self.get_state()["next_index"] == 4:
-        time.sleep(600)
-    return following(self)
-
-records.Batches.__next__ = stalled_reader
-"""
-SPIKED = """
-import importlib.util
 import numpy as np
 from slimmoe_jax.data import records
 
@@ -127,7 +111,16 @@ spec = importlib.util.spec_from_file_location("tiny", "tiny.py")
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 get_config, following = tiny.get_config, records.Batches.__next__
+"""
+STALLED = f"""{PATCHED}
+def stalled_reader(self):
+    if self.get_state()["next_index"] == 4:
+        time.sleep(600)
+    return following(self)
 
+records.Batches.__next__ = stalled_reader
+"""
+SPIKED = f"""{PATCHED}
 def spiked(self):
     rows = following(self)
     if self.get_state()["next_index"] == 61:
