@@ -2,7 +2,7 @@
 
 `python -m slimmoe_jax.evaluate --checkpoint RUN [--by-position] [--tasks FILE.jsonl ...] [--shots 5] [--out FILE.json]`
 
-A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal.
+Several processes evaluate together, as they train (see `distributed`). A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import slimmoe_jax
-from slimmoe_jax import checkpoint, cli, contamination, likelihood, losses, sharding, state, step, tasks
+from slimmoe_jax import checkpoint, cli, contamination, distributed, likelihood, losses, sharding, state, step, tasks
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
@@ -106,13 +106,15 @@ def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_l
     rows = sharding.padded_rows(args.batch_size, mesh)
     total = -(-len(split) // rows)
     total = min(total, args.batches) if args.batches else total
-    batches = _metered(records_lib.evaluation_batches(split, rows, args.batches), total)
+    processes = {"process": jax.process_index(), "processes": jax.process_count()}
+    batches = _metered(records_lib.evaluation_batches(split, rows, args.batches, **processes), total)
+    everywhere = sharding.replicated(mesh)  # each process reads the sums
     result: dict[str, Any] = {"records": str(records.directory)}
     if args.by_position == "no":
-        eval_step = jax.jit(step.make_eval_step(run.config, model, records.end_token))
+        eval_step = jax.jit(step.make_eval_step(run.config, model, records.end_token), out_shardings=everywhere)
         scored = held_out(eval_step, run.params, run.router, batches, mesh, split.bytes_per_token)
     else:
-        position_step = jax.jit(make_position_step(run.config, model, records.end_token))
+        position_step = jax.jit(make_position_step(run.config, model, records.end_token), out_shardings=everywhere)
         sums = [position_step(run.params, run.router, sharding.put_batch(batch, mesh)) for batch in batches]
         nats, targets = (np.sum(column, axis=0, dtype=np.float64) for column in zip(*jax.device_get(sums), strict=True))
         loss = float(nats.sum() / targets.sum())
@@ -131,7 +133,7 @@ def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_l
 
 
 def _metered(batches: Iterable[dict[str, np.ndarray]], total: int) -> Iterable[dict[str, np.ndarray]]:
-    with Meter("held-out", total) as meter:
+    with Meter("held-out", total, quiet=not distributed.is_first()) as meter:
         for number, batch in enumerate(batches, start=1):
             yield batch
             meter.update(number, f"batch {number}/{total}")
@@ -283,6 +285,7 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
 
 
 def main(argv: Sequence[str]) -> None:
+    argv = distributed.start(argv)
     args = parse(argv)
     to_do = [_read(task, args.checkpoint) for task in args.tasks]
     pool = tasks.read(args.shots_from).questions if args.shots_from else ()
@@ -304,6 +307,8 @@ def main(argv: Sequence[str]) -> None:
         scorer = likelihood.Scorer(model, run.params, run.router, mesh, args.batch_size)
         behind, _ = contamination.stages(run.directory, run.config)
         result["tasks"] = [_task(task, args, scorer, tokenizer, run, pool, behind) for task in to_do]
+    if not distributed.is_first():
+        return
     print(table(result), file=sys.stderr)
     text = json.dumps(result, indent=2, ensure_ascii=False)
     if args.out:

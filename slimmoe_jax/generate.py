@@ -147,7 +147,7 @@ def generate_tokens(
     given, limit = 0, min(chunk, 1) or new_tokens  # the first token is ready: it is not kept waiting for the next
     while True:
         d = decode(model, params, router, d, settings, np.int32(limit), end_token=end_token)
-        tokens, count, done = jax.device_get((d.tokens, d.count, d.done))
+        tokens, count, done = sharding.fetch((d.tokens, d.count, d.done))
         yield tokens[:, given:count]
         if done.all() or count >= new_tokens:
             return

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import sharding
+from slimmoe_jax import distributed, sharding
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.routing import RouterState
@@ -53,13 +53,13 @@ class Scorer:
         pending: tuple[list[int], Any] | None = None
 
         def collect(chunk: list[int], sums: Any) -> None:
-            for place, total, greedy in zip(chunk, *(column.tolist() for column in jax.device_get(sums)), strict=False):
+            for place, total, greedy in zip(chunk, *(column.tolist() for column in sharding.fetch(sums)), strict=False):
                 scores[place] = Score(total, greedy)
 
-        with sharding.use(self._mesh), Meter(label, len(pairs)) as meter:
+        with sharding.use(self._mesh), Meter(label, len(pairs), quiet=not distributed.is_first()) as meter:
             for start in range(0, len(order), self._rows):
                 chunk = order[start : start + self._rows]
-                batch = sharding.put_batch(padded([pairs[i] for i in chunk], self._rows), self._mesh)
+                batch = sharding.put_whole(padded([pairs[i] for i in chunk], self._rows), self._mesh)
                 sums = score_batch(self._model, self._params, self._router, batch)
                 if pending:  # the batch before is read while this one runs
                     collect(*pending)

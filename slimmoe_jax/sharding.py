@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
@@ -96,6 +97,19 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     with jax.transfer_guard_host_to_device("allow"):  # between processes JAX takes this for a transfer that nobody asked for
         return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch that each process holds all rows of -> global arrays, split over all devices."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()}
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays -> numpy, whole in each process, wherever their parts lie. All processes call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.device_get(multihost_utils.process_allgather(tree, tiled=True))
 
 
 def padded_rows(rows: int, mesh: Mesh) -> int:

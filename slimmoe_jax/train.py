@@ -165,6 +165,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             if evaluated:
                 watch(0)  # an evaluation may take as long as it takes
                 validation_loss = evaluator(train_state).loss
+                watch(config.watchdog)
             if last or number % config.checkpoint.every == 0:
                 checkpoints.save(number, train_state, data_state, config, validation_loss if evaluated else None)
             if last:
@@ -263,7 +264,7 @@ def _evaluate(
     """Held-out loss and a sample of text, written and shown."""
     result = _held_out(config, records, eval_step, mesh, train_state)
     row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
-    if config.eval.sample_tokens and jax.process_count() == 1:  # several processes would each have to decode
+    if config.eval.sample_tokens:  # all processes decode it together
         row["sample"] = generate.sample_text(
             model, train_state.params, train_state.router, records.tokenizer(), config.eval.prompt,
             new_tokens=config.eval.sample_tokens, temperature=config.eval.temperature, seed=config.seed,

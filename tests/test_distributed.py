@@ -1,5 +1,6 @@
 """Several processes on this machine's loopback, and what the shards of eight devices hold."""
 
+import contextlib
 import json
 import os
 import signal
@@ -34,31 +35,56 @@ def get_config():
 """
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+SLURM_PORTS = range(65535 - 2**12 + 1, 65536)  # JAX makes the coordinator's port of the job's number
+
+
+def free_port(among=(0,)):
+    for port in among:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return listener.getsockname()[1]
+    raise AssertionError("no port is free")
 
 
 def start(folder, processes, *flags):
     """Starts so many processes of one training run, each with a device of its own."""
     cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    words = [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", cache, *map(str, flags)]
-    if processes > 1:
-        words += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    started = []
+    return start_command(folder, processes, "train", "--config", "tiny.py", "--compilation-cache", cache, *flags)
+
+
+def start_command(folder, processes, command, *flags, slurm=False):
+    words = [sys.executable, "-m", f"slimmoe_jax.{command}", *map(str, flags)]
+    port, started = free_port(SLURM_PORTS if slurm else (0,)), []
     for process in range(processes):
-        more = [str(process)] if processes > 1 else []
-        started.append(subprocess.Popen(words + more, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
+        group, environment = [], os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        if slurm:
+            environment |= slurm_task(port, processes, process)
+        elif processes > 1:
+            group = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process", str(process)]
+        started.append(subprocess.Popen(words + group, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
     return started
+
+
+def slurm_task(port, processes, process):
+    """What SLURM sets for a task of a step on this host alone."""
+    return {
+        "SLURM_JOB_ID": str(port - SLURM_PORTS.start),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_PROCID": str(process),
+        "SLURM_LOCALID": str(process),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
 
 
 def train(folder, processes, *flags, code=0):
     """Runs them to their end; what each said."""
-    started = start(folder, processes, *flags)
+    return ended(start(folder, processes, *flags), code)
+
+
+def ended(started, code=0):
     said = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [code] * processes, "\n---\n".join(said)
+    assert [process.returncode for process in started] == [code] * len(started), "\n---\n".join(said)
     return said
 
 
@@ -75,8 +101,11 @@ def folder(tmp_path_factory):
     (path / "tiny.py").write_text(TINY)
     rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
     (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train(path, 1, "--workdir", "alone")
+    train(path, 1, "--workdir", "alone", *SAMPLED)
     return path
+
+
+SAMPLED = ("--eval.sample-tokens", "8", "--eval.prompt", "Document")
 
 
 def same_losses(run, other):
@@ -86,8 +115,9 @@ def same_losses(run, other):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains_and_only_the_first_speaks(folder):
-    first, second = train(folder, 2, "--workdir", "two")
+    first, second = train(folder, 2, "--workdir", "two", *SAMPLED)
     same_losses(folder / "two", folder / "alone")
+    assert losses(folder / "two", "sample") == losses(folder / "alone", "sample")
     assert "finished 8 steps" in first and "step" not in second and "slimmoe" not in second
     assert sorted(path.name for path in (folder / "two" / "checkpoints").iterdir()) == sorted(
         path.name for path in (folder / "alone" / "checkpoints").iterdir()
@@ -96,23 +126,65 @@ def test_two_processes_train_what_one_trains_and_only_the_first_speaks(folder):
 
 @pytest.mark.slow
 def test_four_processes_with_sharded_parameters(folder):
-    train(folder, 4, "--workdir", "four", "--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.data", "1")
+    train(folder, 4, "--workdir", "four", "--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.data", "1", *SAMPLED)
     same_losses(folder / "four", folder / "alone")
+    assert losses(folder / "four", "sample") == losses(folder / "alone", "sample")
 
 
 @pytest.mark.slow
-def test_any_process_may_be_asked_to_stop_and_one_goes_on_alone(folder):
-    """SIGTERM to the second process, as a cluster does with the one that it takes away: both save one step and end with 143."""
-    started = start(folder, 2, "--workdir", "stopped", "--steps", "400")
-    wait_for_steps(folder / "stopped", 2, started)
-    started[1].send_signal(signal.SIGTERM)
+def test_slurm_tasks_find_each_other(folder):
+    """With the environment that `srun` gives its tasks and no flags; that there is no SLURM behind it, they cannot tell."""
+    first, second = ended(start_command(folder, 2, "train", "--config", "tiny.py", "--workdir", "slurm", slurm=True))
+    same_losses(folder / "slurm", folder / "alone")
+    assert "finished 8 steps" in first and "step" not in second
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_evaluates(folder):
+    rows = [{"question": f"What follows word{n}?", "choices": [f"word{n + 1}", f"word{n + 7}"], "answer": n % 2} for n in range(30)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--checkpoint", "alone", "--tasks", "questions.jsonl", "--held-out", "--by-position", "--batch-size", "6", "--out"]
+    ended(start_command(folder, 1, "evaluate", *flags, "one.json"))
+    first, second = ended(start_command(folder, 2, "evaluate", *flags, "both.json"))
+    assert "held-out loss" in first and "held-out" not in second
+    one, both = (json.loads((folder / name).read_text()) for name in ("one.json", "both.json"))
+    assert both["devices"].startswith("2 x") and both["weights_sha256"] == one["weights_sha256"]
+    assert both["loss"] == pytest.approx(one["loss"], rel=1e-6) and both["tokens"] == one["tokens"]
+    assert [bin["targets"] for bin in both["by_position"]] == [bin["targets"] for bin in one["by_position"]]
+    assert both["tasks"] == one["tasks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_any_process_may_be_asked_to_stop_and_one_goes_on_alone(folder, number):
+    """A signal to the second process, as a cluster does with the one that it takes away: both save one step and end with 143."""
+    name = f"stopped-{number.name}"
+    started = start(folder, 2, "--workdir", name, "--steps", "400")
+    wait_for_steps(folder / name, 2, started)
+    started[1].send_signal(number)
     said = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [143, 143], said
+    assert [process.returncode for process in started] == [143, 128 + number], said
     assert "stopped by SIGTERM; saved step" in said[0]
-    at = len(losses(folder / "stopped"))
-    train(folder, 1, "--workdir", "stopped", "--steps", at + 2)
-    train(folder, 1, "--workdir", "unstopped", "--steps", at + 2)
-    np.testing.assert_allclose(losses(folder / "stopped"), losses(folder / "unstopped"), rtol=1e-4)
+    at = len(losses(folder / name))
+    train(folder, 1, "--workdir", name, "--steps", at + 2)
+    train(folder, 1, "--workdir", f"un{name}", "--steps", at + 2)
+    np.testing.assert_allclose(losses(folder / name), losses(folder / f"un{name}"), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_hung_collective_ends_with_the_stacks(folder):
+    """A process that is stopped, not dead: the other waits for it in a collective, until its watchdog ends it."""
+    started = start(folder, 2, "--workdir", "hung", "--steps", "400", "--watchdog", "10", "--eval.every", "0")
+    wait_for_steps(folder / "hung", 4, started)
+    started[1].send_signal(signal.SIGSTOP)
+    at = time.monotonic()
+    said = started[0].communicate(timeout=60)[1]
+    assert time.monotonic() - at < distributed.MISSED_AFTER - 5, "before the heartbeats ended it"
+    started[1].kill()
+    started[1].communicate()
+    assert started[0].returncode == 1
+    assert "Timeout (0:00:10)" in said and "train.py" in said
+    ended(start(folder, 2, "--workdir", "hung", "--steps", len(losses(folder / "hung")) + 2))
 
 
 @pytest.mark.slow
