@@ -6,31 +6,21 @@ The text is the standard library's unless a source is given, so that it runs any
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from common import machine
+
 from slimmoe_jax.data import records, sources, tokenizers
 
 CONTEXT, BATCH = 2_048, 32
 READ_SECONDS = 3.0
-
-
-def machine() -> str:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("grain", "tiktoken", "numpy"))
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def documents(source: str, characters: int) -> list[str]:
@@ -99,7 +89,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=128, help="smallest input to prepare; then 2 and 4 times that")
     args = parser.parse_args()
     texts = documents(args.source, 16_000_000)
-    print(machine())
+    print(machine("grain", "tiktoken", "numpy"))
     print(f"text: {args.source}, {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters\n")
     print("| what | figure |\n|---|---|", flush=True)
     print(f"| GPT-2 encoding alone | {tokenizing(texts) / 1e6:.2f}M tokens/s a core |", flush=True)

@@ -13,13 +13,10 @@ On a machine with other work, threads that wait for a busy core slow torch many 
 
 import argparse
 import functools
-import importlib.metadata
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +26,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from common import cores, machine  # noqa: E402
 
 from slimmoe_jax import generate, model  # noqa: E402
 from slimmoe_jax.config import ModelConfig, RouterConfig  # noqa: E402
@@ -41,20 +39,6 @@ class NoEnd:
     """What decoding asks of a tokenizer: an end token, here one that never comes, so that every run has all its tokens."""
 
     end_token = -1
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "transformers"))
-    processor = names[0] if names else platform.machine()
-    return f"{processor}, {cores()} of {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
 def build(args: argparse.Namespace) -> tuple[generate.Weights, ModelConfig]:
@@ -106,7 +90,7 @@ def main() -> None:
     weights, config = build(args)
     peer = mixtral(config, jax.device_get(weights.params))
     size = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-    print(machine())
+    print(machine("jax", "flax", "torch", "transformers"))
     print(f"{config.layers} layers, width {config.width}, vocabulary {config.vocab_size:,}: {size / 1e6:.1f}M parameters, float32")
     print(f"{args.prompt} prompt tokens, {args.new} new tokens, greedy, {args.repeats} alternating repeats\n")
     print("| batch | side | tokens/s, median | slowest to fastest |\n|---|---|---|---|", flush=True)

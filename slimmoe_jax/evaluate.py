@@ -2,7 +2,8 @@
 
 `python -m slimmoe_jax.evaluate --checkpoint RUN [--by-position] [--tasks FILE.jsonl ...] [--shots 5] [--out FILE.json]`
 
-Several processes evaluate together, as they train (see `distributed`). A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal.
+A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal. Several
+processes evaluate together, as they train (see `distributed`).
 """
 
 from __future__ import annotations
