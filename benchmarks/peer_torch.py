@@ -6,12 +6,12 @@
 
 Two forms of the model, both with top-2 routing and no dropout:
 - slimmoe: as the config has it; the peer is `torch_slimmoe.py`, plain PyTorch, eager and compiled.
-- mixtral: gated experts of two thirds the width, uniform kv heads, rotary positions everywhere, renormalised gates: as many parameters
-  and FLOPs, and what Hugging Face's MixtralForCausalLM computes, so it is a peer as well.
+- mixtral: gated experts of two thirds the width, uniform kv heads, rotary positions everywhere, renormalised gates: about as many
+  parameters and FLOPs, and what Hugging Face's MixtralForCausalLM computes, so it is a peer as well.
 
-Each turn of a side is a fresh process. First each way to compute experts, and each micro-batch asked for, has one turn; the fastest of
-each side then alternate. In bfloat16 PyTorch holds bfloat16 weights with float32 masters, which a fused AdamW updates. Before anything is timed, the first loss of every side
-must agree with the loss that our dense oracle gives. Ratios are of neighbouring turns.
+Each turn of a side is a fresh process. First each way to compute experts, and each micro-batch asked for, has one turn; the fastest
+of each side then alternate. In bfloat16 PyTorch holds bfloat16 weights with float32 masters, which a fused AdamW updates. The first
+loss of every turn must agree with that of our dense oracle, or there is no table. Ratios are of neighbouring turns.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def model_config(size: str, form: str, precision: str, batch: int, layers: int, 
 
 
 def batches(config: TrainConfig) -> np.ndarray:
-    """[BATCHES, B, S + 1] int32, words as frequent as in text (Zipf): rows of the embedding's gradient meet as they do in training."""
+    """[BATCHES, B, S + 1] int32, as frequent as words are (Zipf), so that the embedding's gradient has the collisions of training."""
     frequency = 1 / np.arange(1, config.model.vocab_size + 1)
     shape = (BATCHES, config.data.batch_size, config.data.context + 1)
     return np.random.default_rng(0).choice(config.model.vocab_size, shape, p=frequency / frequency.sum()).astype(np.int32)

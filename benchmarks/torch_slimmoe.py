@@ -1,7 +1,7 @@
 """A training model in plain PyTorch, written for speed: the peer of `peer_torch.py` beside Hugging Face's Mixtral.
 
-The same architecture and tensors as slimmoe_jax with a top-k router (names as `conversion.names.to_theirs` gives them), no dropout, no
-options that training does not use. Matrices are [outputs, inputs].
+The same architecture and tensors as slimmoe_jax with a top-k router (names as `conversion.names.to_theirs` gives them), no dropout.
+Matrices are [outputs, inputs].
 
 Axes: B batch, S sequence, T = B S tokens, D model, N query heads, K kv heads, H head dimension, E experts, F expert hidden.
 """
