@@ -73,7 +73,7 @@ def model_config(size: str, form: str, precision: str, batch: int, layers: int, 
 
 
 def batches(config: TrainConfig) -> np.ndarray:
-    """[BATCHES, B, S + 1] int32, as frequent as words are (Zipf), so that the embedding's gradient has the collisions of training."""
+    """[BATCHES, B, S + 1] int32, as frequent as words are (Zipf): the embedding's gradient then has the collisions of training."""
     frequency = 1 / np.arange(1, config.model.vocab_size + 1)
     shape = (BATCHES, config.data.batch_size, config.data.context + 1)
     return np.random.default_rng(0).choice(config.model.vocab_size, shape, p=frequency / frequency.sum()).astype(np.int32)
