@@ -9,7 +9,6 @@ of each head; R = H is RoPE, R = 0 is NoPE (Kazemnejad et al., arXiv 2305.19466)
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from slimmoe_jax import blockwise
 from slimmoe_jax.config import InputError, ModelConfig
 
 Kernel = Literal["xla", "cudnn"]
@@ -133,17 +133,15 @@ class Attention(nn.Module):
         dim = rotary_dim(c.head_dim, self.rotary)
         q, k = rotate(q, positions, dim, c.rope_theta), rotate(k, positions, dim, c.rope_theta)
 
-        if cached is None:
-            kernel = self.kernel
-        else:
-            kernel = "xla"  # a short query against a long cache is outside what cuDNN's causal kernel takes
+        # K and V are not repeated: all kernels take N query heads over K key/value heads as they are.
+        if cached is not None:  # a short query against a long cache is outside what the causal kernels take
             k = jax.lax.dynamic_update_slice_in_dim(cached[0], k.astype(cached[0].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cached[1], v.astype(cached[1].dtype), start, axis=1)
-        # K and V are not repeated: both kernels take N query heads over K key/value heads as they are.
-        attend = functools.partial(jax.nn.dot_product_attention, is_causal=cached is None, implementation=kernel)
-        if kernel == "xla":
-            attend = jax.checkpoint(attend)  # as a flash kernel does: no layer keeps its [B, N, S, S] for the backward pass
-        y = attend(q, k, v, mask=mask)
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+        elif self.kernel == "cudnn":
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+        else:
+            y = blockwise.causal_attention(q, k, v, mask)
         return jnp.einsum("BSNH,NHD->BSD", y, out), (k, v)
 
     def _weight(self, name: str, init: nn.initializers.Initializer, shape: tuple, axes: tuple) -> jax.Array:

@@ -1,0 +1,101 @@
+"""Exact causal attention by blocks of queries, in plain XLA: for float32, and wherever no fused kernel is to be had.
+
+A block of queries sees only the keys up to its end, which spares almost half of the square, and the backward pass forms the
+probabilities anew from the queries, the keys and each query's log-sum-exp, so that no layer keeps a [S, S] array
+(FlashAttention, Dao et al., arXiv 2205.14135, section 3.1; here a block of keys is all of them up to the diagonal).
+
+Axes: B batch, S sequence, K kv heads, G query heads a kv head, N = K G query heads, H head dimension, Q queries of a block,
+T keys that the block sees.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# More blocks spare more of the square and take longer to compile; short blocks keep the cores less busy.
+MOST_BLOCKS, SHORTEST_BLOCK = 8, 64
+
+Residuals = tuple[jax.Array, ...]
+
+
+@jax.custom_vjp
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(Q K^T / sqrt(H)) V over the keys up to each query; softmax in float32.
+
+    Args:
+      query: [B, S, N, H].
+      key, value: [B, S, K, H]; query head n reads kv head n // G.
+      mask: [B, 1, S, S] bool, True where attention is allowed beyond being causal. Each query must see itself.
+    Returns: [B, S, N, H].
+    """
+    return _forward(query, key, value, mask)[0]
+
+
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Residuals]:
+    q, k, v = _group(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    outs, log_sums = [], []
+    for first, end in _blocks(q.shape[3]):
+        scores = _scores(q, k, mask, first, end)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum("BKGQT,BKTH->BKGQH", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
+        outs.append((out / total).astype(q.dtype))
+        log_sums.append(highest + jnp.log(total))
+    out, log_sum = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
+    return _ungroup(out), (q, k, v, mask, out, log_sum)
+
+
+def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, ...]:
+    q, k, v, mask, out, log_sum = residuals
+    grad = _group(grad, k.shape[1])
+    along = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # sum_t P_t dP_t of each query
+    d_query, d_key, d_value = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for first, end in _blocks(q.shape[3]):
+        rows = slice(first, end)
+        probabilities = jnp.exp(_scores(q, k, mask, first, end) - log_sum[..., rows, :])
+        d_probabilities = jnp.einsum("BKGQH,BKTH->BKGQT", grad[..., rows, :], v[:, :, :end], preferred_element_type=jnp.float32)
+        d_scores = (probabilities * (d_probabilities - along[..., rows, :])).astype(q.dtype)
+        d_query.append(jnp.einsum("BKGQT,BKTH->BKGQH", d_scores, k[:, :, :end]))
+        d_key = d_key.at[:, :, :end].add(_over_queries(d_scores, q[..., rows, :]))
+        d_value = d_value.at[:, :, :end].add(_over_queries(probabilities.astype(v.dtype), grad[..., rows, :]))
+    scale = q.shape[-1] ** -0.5
+    d_query = jnp.concatenate(d_query, axis=3) * scale
+    return _ungroup(d_query), (d_key * scale).astype(k.dtype).swapaxes(1, 2), d_value.astype(v.dtype).swapaxes(1, 2), None
+
+
+causal_attention.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """The first query of each block, and the one after its last."""
+    size = max(SHORTEST_BLOCK, -(-length // MOST_BLOCKS))
+    return [(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, first: int, end: int) -> jax.Array:
+    """The scaled scores [B, K, G, Q, T] float32 of a block's queries, -inf where they may not look."""
+    scores = jnp.einsum("BKGQH,BKTH->BKGQT", q[..., first:end, :], k[:, :, :end], preferred_element_type=jnp.float32)
+    queries = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3)
+    allowed = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 4) <= queries
+    if mask is not None:
+        allowed &= mask[:, :, None, first:end, :end]
+    return jnp.where(allowed, scores * q.shape[-1] ** -0.5, -jnp.inf)
+
+
+def _over_queries(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """[B, K, G, Q, T] and [B, K, G, Q, H] -> [B, K, T, H] float32."""
+    return jnp.einsum("BKGQT,BKGQH->BKTH", weights, rows, preferred_element_type=jnp.float32)
+
+
+def _group(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, S, N, H] -> [B, K, G, S, H]."""
+    batch, length, heads, size = x.shape
+    return x.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x: jax.Array) -> jax.Array:
+    """[B, K, G, S, H] -> [B, S, N, H]."""
+    batch, _, _, length, size = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, size)
