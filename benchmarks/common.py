@@ -3,9 +3,14 @@
 import importlib.metadata
 import os
 import platform
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
+
+from slimmoe_jax.config import TrainConfig
 
 
 def cores() -> int:
@@ -21,6 +26,18 @@ def machine(*packages: str, device: str = "") -> str:
     processor = f"{names[0] if names else platform.machine()}, {cores()} of {os.cpu_count()} cores"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{device or processor}, Python {platform.python_version()}, {versions}"
+
+
+def on_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, found out without starting one's driver in this process."""
+    return shutil.which("nvidia-smi") is not None
+
+
+def zipf_tokens(config: TrainConfig, batches: int) -> np.ndarray:
+    """[batches, B, S + 1] int32, as frequent as words are (Zipf): the embedding's gradient then has the collisions of training."""
+    frequency = 1 / np.arange(1, config.model.vocab_size + 1)
+    shape = (batches, config.data.batch_size, config.data.context + 1)
+    return np.random.default_rng(0).choice(config.model.vocab_size, shape, p=frequency / frequency.sum()).astype(np.int32)
 
 
 def row(cells: Iterable[object]) -> str:

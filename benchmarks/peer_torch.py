@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import header, machine, row, spread
+from common import header, machine, on_gpu, row, spread, zipf_tokens
 
 from slimmoe_jax import config as config_lib
+from slimmoe_jax import host
 from slimmoe_jax.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -49,13 +49,15 @@ class Side:
     compiled: bool = True
     experts: str = ""  # how they are computed; empty: the side's own choice
     batch: int = 8  # sequences a step
+    keeps_memory: bool = False  # on a CPU, `host.keep_freed_memory`, which our training command calls itself
 
     @property
     def label(self) -> str:
         if self.name == "slimmoe_jax":
-            return f"slimmoe_jax, {self.experts or 'auto'}"
+            return f"slimmoe_jax, {self.experts}"
         kind = {"torch": "plain PyTorch", "mixtral": "HF Mixtral"}[self.name]
-        return f"{kind}, {'torch.compile' if self.compiled else 'eager'}, {self.experts}"
+        kept = ", freed memory kept" if self.keeps_memory else ""
+        return f"{kind}, {'torch.compile' if self.compiled else 'eager'}, {self.experts}{kept}"
 
 
 def model_config(size: str, form: str, precision: str, batch: int, layers: int, context: int) -> TrainConfig:
@@ -70,13 +72,6 @@ def model_config(size: str, form: str, precision: str, batch: int, layers: int, 
         changes |= {"model.gated": True, "model.expert_hidden": config.model.expert_hidden * 2 // 3 // 8 * 8}
         changes |= {"model.kv_heads": (mean_kv,), "model.rotary": (1.0,), "model.router.renormalize": True}
     return config_lib.override(config, changes)
-
-
-def batches(config: TrainConfig) -> np.ndarray:
-    """[BATCHES, B, S + 1] int32, as frequent as words are (Zipf): the embedding's gradient then has the collisions of training."""
-    frequency = 1 / np.arange(1, config.model.vocab_size + 1)
-    shape = (BATCHES, config.data.batch_size, config.data.context + 1)
-    return np.random.default_rng(0).choice(config.model.vocab_size, shape, p=frequency / frequency.sum()).astype(np.int32)
 
 
 # --- one side, in a process of its own -------------------------------------------------------------------------------
@@ -95,7 +90,7 @@ def train_jax(side: Side, config: TrainConfig, weights: Path) -> Callable[[int],
     current = state.create(config, mesh)
     run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
     run = jax.jit(run, donate_argnums=0)
-    feed = itertools.cycle({"tokens": tokens} for tokens in batches(config))
+    feed = itertools.cycle({"tokens": tokens} for tokens in zipf_tokens(config, BATCHES))
 
     def train(steps: int) -> float:
         nonlocal current
@@ -123,7 +118,7 @@ def train_torch(side: Side, config: TrainConfig, weights: Path) -> Callable[[int
     network = network.to(device=device, dtype=getattr(torch, config.precision))
     loss_of = torch.compile(network) if side.compiled else network
     update = _optimizer(network, config)
-    feed = itertools.cycle(torch.from_numpy(tokens).long() for tokens in batches(config))
+    feed = itertools.cycle(torch.from_numpy(tokens).long() for tokens in zipf_tokens(config, BATCHES))
 
     def train(steps: int) -> float:
         found = []
@@ -247,7 +242,7 @@ def write_weights(config: TrainConfig, path: Path) -> None:
     fresh = state.create(config, mesh)
     with sharding.use(mesh):
         evaluate = jax.jit(step.make_eval_step(config, state.build_model(config), end_token=0))
-        nats, targets = evaluate(fresh.params, fresh.router, sharding.put_batch({"tokens": batches(config)[0]}, mesh))
+        nats, targets = evaluate(fresh.params, fresh.router, sharding.put_batch({"tokens": zipf_tokens(config, 1)[0]}, mesh))
     router = {"threshold": fresh.router.threshold, "bias": fresh.router.bias}
     tensors = names.to_theirs(config.model, jax.device_get(fresh.params), jax.device_get(router))
     np.savez(path, **tensors)
@@ -267,14 +262,13 @@ class Result:
     peak: int  # bytes
 
 
-def candidates(form: str, sizes: list[int], on_gpu: bool) -> list[list[Side]]:
+def candidates(form: str, sizes: list[int], gpu: bool) -> list[list[Side]]:
     """Sides to try. Of each list the fastest is compared."""
-    plain = ("grouped", "dense") if on_gpu else ("dense", "loop", "grouped")
-    theirs = {"torch": plain} | ({"mixtral": ("grouped_mm",) if on_gpu else ("grouped_mm", "eager")} if form == "mixtral" else {})
-    groups = [[Side("slimmoe_jax", True, experts, size) for experts in ("capacity", "dense") for size in sizes]]
-    for name, ways in theirs.items():
-        for compiled in (False, True):
-            groups.append([Side(name, compiled, way, size) for way in ways for size in sizes])
+    plain = ("grouped", "dense") if gpu else ("dense", "loop", "grouped")
+    theirs = {"torch": plain} | ({"mixtral": ("grouped_mm",) if gpu else ("grouped_mm", "eager")} if form == "mixtral" else {})
+    groups = [[Side("slimmoe_jax", True, experts, size, True) for experts in ("capacity", "dense") for size in sizes]]
+    for (name, ways), compiled, keeps in itertools.product(theirs.items(), (False, True), (False,) if gpu else (False, True)):
+        groups.append([Side(name, compiled, way, size, keeps) for way in ways for size in sizes])
     return groups
 
 
@@ -342,21 +336,21 @@ def main() -> None:
     for name, default in (("rounds", 5), ("steps", 20), ("warmup", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     args = parser.parse_args()
-    on_gpu = shutil.which("nvidia-smi") is not None
-    args.precision = args.precision or ("bfloat16" if on_gpu else "float32")
+    gpu = on_gpu()
+    args.precision = args.precision or ("bfloat16" if gpu else "float32")
     args.context = args.context or config_lib.load(ROOT / "configs" / CONFIGS[args.size]).data.context
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         for batch in args.batches:
             bench.expected(batch)
-        print(machine("jax", "torch", "transformers", device=bench.device if on_gpu else ""))
+        print(machine("jax", "torch", "transformers", device=bench.device if gpu else ""))
         print(
             f"{args.size}, {args.form} form, {args.precision}, context {args.context}; {args.rounds} turns of {args.steps} steps\n"
         )
         print("One turn of each, to choose:\n")
         print(header(["side", "batch", "tokens/s"]), flush=True)
         chosen = []
-        for group in candidates(args.form, args.batches, on_gpu):
+        for group in candidates(args.form, args.batches, gpu):
             tried = bench.turns(group, 1)
             for side, result in tried.items():
                 print(row([side.label, side.batch, f"{result.rates[0]:,.0f}"]), flush=True)
@@ -385,6 +379,8 @@ def run_spec() -> None:
     if spec["side"] is None:
         write_weights(config, Path(spec["weights"]))
     else:
+        if spec["side"]["keeps_memory"]:
+            host.keep_freed_memory()
         work(Side(**spec["side"]), config, Path(spec["weights"]), spec["steps"], spec["warmup"])
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import slimmoe_jax
-from slimmoe_jax import checkpoint, cli, contamination, distributed, likelihood, losses, sharding, state, step, tasks
+from slimmoe_jax import checkpoint, cli, contamination, distributed, host, likelihood, losses, sharding, state, step, tasks
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
@@ -286,6 +286,7 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
 
 
 def main(argv: Sequence[str]) -> None:
+    host.keep_freed_memory()
     argv = distributed.start(argv)
     args = parse(argv)
     to_do = [_read(task, args.checkpoint) for task in args.tasks]

@@ -90,6 +90,7 @@ def cross_entropy(
     return jax.lax.map(tile_loss, (_split(hidden, tiles), _split(targets, tiles), _split(weights, tiles))).sum()
 
 
+@jax.named_scope("cross_entropy")
 def _cross_entropy_fwd(hidden, head, targets, weights, z_weight, tile_tokens):
     tiles = _tiles(hidden, tile_tokens)
 
@@ -111,6 +112,7 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_weight, tile_tokens):
     return loss.sum(), (_join(d_hidden), d_head.astype(head.dtype), _join(token_loss))
 
 
+@jax.named_scope("cross_entropy")
 def _cross_entropy_bwd(z_weight, tile_tokens, residuals, grad):
     d_hidden, d_head, token_loss = residuals
     return grad.astype(d_hidden.dtype) * d_hidden, grad.astype(d_head.dtype) * d_head, None, grad * token_loss

@@ -53,8 +53,9 @@ class FeedForward(nn.Module):
             # The router works in float32 at full precision: a rounded score flips choices.
             init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("embed", None))
             router = self.param("router", init, (c.width, c.experts))
-            logits = jnp.einsum("BSD,DE->BSE", x.astype(jnp.float32), router, precision="highest")
-            routed = routing.route(logits, c.router, threshold, bias, valid)
+            with jax.named_scope("router"):
+                logits = jnp.einsum("BSD,DE->BSE", x.astype(jnp.float32), router, precision="highest")
+                routed = routing.route(logits, c.router, threshold, bias, valid)
             gates, mask = routed.gates, routed.mask
         else:
             gates, mask = jnp.ones((*x.shape[:2], 1), jnp.float32), jnp.ones((*x.shape[:2], 1), bool)

@@ -117,10 +117,11 @@ def make_train_step(
         tokens = jnp.maximum(inputs["weights"].sum(), 1)
         (loss, (parts, stats)), grads = value_and_grad(state.params, state.router, micros, keys, tokens)
 
-        norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         router = state.router if stats is None else routing.update(state.router, stats, router_config)
-        new = (optax.apply_updates(state.params, updates), opt_state, router)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            new = (optax.apply_updates(state.params, updates), opt_state, router)
         # Selection, not multiplication by 0: 0 x NaN is NaN.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         sigmas = spikes.sigmas(state.window, parts["loss"], norm)
