@@ -1,16 +1,16 @@
 """A full training step (forward, backward, clipping, AdamW, all losses): tokens a second, MFU, memory, compile time, parts.
 
-    python benchmarks/train_step.py                                            # a GPU: SlimMoE-250M, bfloat16; else the quickstart's
+    python benchmarks/train_step.py                                            # a GPU: SlimMoE-250M, bfloat16; else the quickstart
     python benchmarks/train_step.py --batches 8 16 32 --dispatch capacity ragged grouped --dropout 0 0.1
     python benchmarks/train_step.py --dense                                    # beside a dense model of as many FLOPs
     python benchmarks/train_step.py --breakdown                                # where the time goes, from a profile
     python benchmarks/train_step.py --records DIR                              # beside input read from prepared records
     python benchmarks/train_step.py --xla-flags "--xla_gpu_enable_triton_gemm=false" "--xla_gpu_autotune_level=0"
 
-Options with several values are tried in all combinations, each in a fresh process, after an untimed warm-up; a step's time is that of
-a train loop which never waits for the device but at the end of every --group steps. MFU counts FLOPs of the experts that tokens did
-use, in two conventions (see `slimmoe_jax.metrics`). Compile time is tracing and compiling, with an empty cache and again from the
-cache. The peak of memory is the device's where it keeps one, else the process's.
+Options with several values are tried in all combinations, each in a fresh process, after an untimed warm-up; a step's time is that
+of a train loop which never waits for the device but at the end of every --group steps. MFU counts FLOPs of the experts that tokens
+did use, in two conventions (see `slimmoe_jax.metrics`). Compile time is tracing and compiling, with an empty cache and again from
+the cache. The peak of memory is the device's where it keeps one, else the process's.
 """
 
 import argparse
@@ -244,9 +244,9 @@ def label(spec: Row) -> str:
     words = [f"batch {spec.batch}", spec.precision, f"dropout {spec.dropout:g}"]
     words += [] if spec.dense else [f"dispatch {spec.dispatch}"]
     words += [f"attention {spec.attention}"]
-    words += [
-        word for word, said in (("dense, as many FLOPs", spec.dense), ("remat", spec.remat), ("records", spec.records)) if said
-    ]
+    words += ["dense, as many FLOPs"] if spec.dense else []
+    words += ["remat"] if spec.remat else []
+    words += ["records"] if spec.records else []
     return ", ".join([*words, spec.xla_flags] if spec.xla_flags else words)
 
 

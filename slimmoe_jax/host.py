@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Lets the process keep memory that it frees, and says whether it does. To be called before JAX starts its threads.
 
     On a CPU, XLA asks for a program's buffers anew at each call. glibc takes blocks of that size from the kernel each time and
-    gives them back after, so that each step begins with page faults all over its buffers (docs/performance.md has what that costs). The
-    process's resident memory then stays at its peak. Nothing is done beside an accelerator, or without glibc.
+    gives them back after, so that each step begins with page faults all over its buffers (docs/performance.md has what that costs).
+    The process's resident memory then stays at its peak. Nothing is done beside an accelerator, or without glibc.
     """
     if sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in ACCELERATORS):
         return False
