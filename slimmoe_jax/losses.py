@@ -15,6 +15,8 @@ from slimmoe_jax.routing import RouterState, RoutingStats
 
 # Tokens whose logits exist at once. 8,192 x 50,257 in float32 is 1.5 GiB; smaller tiles cost nothing on a CPU.
 TILE_TOKENS = 8_192
+# The vocabulary is padded to a multiple of this inside the loss: products with 50,257 columns miss a GPU's fast kernels.
+VOCABULARY_MULTIPLE = 128
 
 
 def _tiles(hidden: jax.Array, tile_tokens: int) -> int:
@@ -38,8 +40,17 @@ def _join(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.einsum("BSD,DV->BSV", hidden, head, preferred_element_type=jnp.float32)
+def _padded(head: jax.Array) -> jax.Array:
+    """[D, V] -> [D, V rounded up]."""
+    return jnp.pad(head, ((0, 0), (0, -head.shape[1] % VOCABULARY_MULTIPLE)))
+
+
+def _logits(hidden: jax.Array, head: jax.Array, vocabulary: int) -> jax.Array:
+    """[B, S, D] and a padded head -> logits float32, -inf beyond the vocabulary."""
+    logits = jnp.einsum("BSD,DV->BSV", hidden, head, preferred_element_type=jnp.float32)
+    if head.shape[1] == vocabulary:
+        return logits
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < vocabulary, logits, -jnp.inf)
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,8 +64,10 @@ def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, tile_token
 
     Args: as `cross_entropy`.
     """
-    tiles = _tiles(hidden, tile_tokens)
-    nll = jax.lax.map(lambda t: _nll(_logits(t[0], head), t[1])[0], (_split(hidden, tiles), _split(targets, tiles)))
+    tiles, padded, vocabulary = _tiles(hidden, tile_tokens), _padded(head), head.shape[1]
+    nll = jax.lax.map(
+        lambda t: _nll(_logits(t[0], padded, vocabulary), t[1])[0], (_split(hidden, tiles), _split(targets, tiles))
+    )
     return _join(nll)
 
 
@@ -81,10 +94,10 @@ def cross_entropy(
       tile_tokens: most tokens whose logits exist at once.
     Returns: [] float32, a sum: divide by the sum of the weights for a mean.
     """
-    tiles = _tiles(hidden, tile_tokens)
+    tiles, padded, vocabulary = _tiles(hidden, tile_tokens), _padded(head), head.shape[1]
 
     def tile_loss(tile):
-        nll, log_z = _nll(_logits(tile[0], head), tile[1])
+        nll, log_z = _nll(_logits(tile[0], padded, vocabulary), tile[1])
         return jnp.sum((nll + z_weight * log_z**2) * tile[2])
 
     return jax.lax.map(tile_loss, (_split(hidden, tiles), _split(targets, tiles), _split(weights, tiles))).sum()
@@ -92,24 +105,24 @@ def cross_entropy(
 
 @jax.named_scope("cross_entropy")
 def _cross_entropy_fwd(hidden, head, targets, weights, z_weight, tile_tokens):
-    tiles = _tiles(hidden, tile_tokens)
+    tiles, padded, vocabulary = _tiles(hidden, tile_tokens), _padded(head), head.shape[1]
 
     def body(d_head, tile):
         h, target, weight = tile
-        logits = _logits(h, head)
+        logits = _logits(h, padded, vocabulary)
         nll, log_z = _nll(logits, target)
         probabilities = jnp.exp(logits - log_z[..., None])
         scale = (weight * (1 + 2 * z_weight * log_z))[..., None]
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
         d_logits = (probabilities * scale - jnp.where(is_target, weight[..., None], 0)).astype(h.dtype)
         d_head += jnp.einsum("BSD,BSV->DV", h, d_logits, preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum("BSV,DV->BSD", d_logits, head)
+        d_hidden = jnp.einsum("BSV,DV->BSD", d_logits, padded)
         token_loss = nll + z_weight * log_z**2
         return d_head, (jnp.sum(token_loss * weight), d_hidden, token_loss)
 
     xs = (_split(hidden, tiles), _split(targets, tiles), _split(weights, tiles))
-    d_head, (loss, d_hidden, token_loss) = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
-    return loss.sum(), (_join(d_hidden), d_head.astype(head.dtype), _join(token_loss))
+    d_head, (loss, d_hidden, token_loss) = jax.lax.scan(body, jnp.zeros(padded.shape, jnp.float32), xs)
+    return loss.sum(), (_join(d_hidden), d_head[:, :vocabulary].astype(head.dtype), _join(token_loss))
 
 
 @jax.named_scope("cross_entropy")

@@ -18,6 +18,8 @@ from flax import struct
 from slimmoe_jax import attention, experts, routing
 from slimmoe_jax.attention import KVCache
 from slimmoe_jax.config import ModelConfig
+from slimmoe_jax.dropout import Dropout
+from slimmoe_jax.embedding import lookup
 from slimmoe_jax.experts import ExpertWeights
 from slimmoe_jax.routing import RouterState, RoutingStats
 
@@ -59,7 +61,7 @@ class FeedForward(nn.Module):
             gates, mask = routed.gates, routed.mask
         else:
             gates, mask = jnp.ones((*x.shape[:2], 1), jnp.float32), jnp.ones((*x.shape[:2], 1), bool)
-        dropout = nn.Dropout(c.dropout, deterministic=not train)
+        dropout = Dropout(c.dropout, train)
         y, dropped = experts.apply_experts(x, gates, mask, self._weights(), method=self.method, config=c, dropout=dropout)
         if not c.is_moe:
             return y, None
@@ -98,7 +100,7 @@ class Block(nn.Module):
         cached: tuple[jax.Array, jax.Array] | None, start: jax.Array | int,
     ) -> tuple[jax.Array, RoutingStats | None, tuple[jax.Array, jax.Array]]:  # fmt: skip
         c = self.config
-        dropout = nn.Dropout(c.dropout, deterministic=not self.train)
+        dropout = Dropout(c.dropout, self.train)
         y, keys_values = attention.Attention(
             c, c.layer_kv_heads[self.layer], c.layer_rotary[self.layer], self.kernel, self.dtype, name="attention"
         )(_norm(c, self.dtype, "attention_norm")(x), positions, mask, cached, start)
@@ -156,8 +158,8 @@ class SlimMoE(nn.Module):
             positions = jnp.broadcast_to(positions, tokens.shape)
         mask, cache = _attention_mask(positions, segments, cache)
 
-        x = embedding.astype(self.dtype)[tokens]
-        x = nn.Dropout(c.dropout, deterministic=not train)(nn.with_logical_constraint(x, ("batch", None, None)))
+        x = lookup(embedding.astype(self.dtype), tokens)
+        x = Dropout(c.dropout, train)(nn.with_logical_constraint(x, ("batch", None, None)))
         block = nn.remat(Block) if self.remat and train else Block
         kernel = attention.resolve_kernel(c, self.dtype)
         method = experts.resolve_dispatch(c, train)
