@@ -1,6 +1,7 @@
 """Grouped matrix products against a loop over groups, and what the kernels become for a GPU. Here they are interpreted."""
 
 import dataclasses
+import functools
 import re
 
 import hypothesis
@@ -134,12 +135,13 @@ def test_operands_that_do_not_go_together_are_refused(rows, weights, sizes):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_kernels_lower_for_cuda(monkeypatch, dtype):
+def test_kernels_lower_for_cuda(monkeypatch, capsys, dtype):
     """At the 250M's sizes, product and both gradients become Triton kernels: what Triton has no equivalent for is refused here.
 
     Whether they fit a GPU's shared memory, and how fast they are, only a GPU tells.
     """
     monkeypatch.setattr(grouped, "_interpret", lambda: False)
+    monkeypatch.setattr(grouped.pl, "pallas_call", functools.partial(grouped.pl.pallas_call, debug=True))  # prints each kernel
 
     def step(rows, weights, sizes, cotangent):
         product, back = jax.vjp(lambda rows, weights: grouped_dot(rows, weights, sizes), rows, weights)
@@ -150,6 +152,9 @@ def test_kernels_lower_for_cuda(monkeypatch, dtype):
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("grouped_dot", "grouped_dot_transposed", "grouped_dot_weights"):
         assert re.search(rf'custom_call.*triton.*"{kernel}"', program)
+    kernels = capsys.readouterr().out
+    assert kernels.count("tt.func") == 3
+    assert '"tt.func"' not in kernels  # MLIR's generic form, in quotes, is printed for a module that does not verify
 
 
 @pytest.mark.parametrize("gated", [False, True])
