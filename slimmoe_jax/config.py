@@ -63,7 +63,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     init_std: float = 0.02  # normal initialisation; residual outputs are scaled by 1/sqrt(2 layers)
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # attention kernel; auto: cudnn in bfloat16 on NVIDIA, else xla
-    dispatch: Literal["auto", "dense", "capacity", "ragged"] = "auto"  # how tokens reach experts in training
+    dispatch: Literal["auto", "dense", "capacity", "ragged", "grouped"] = "auto"  # how tokens reach experts; grouped: on one GPU
     capacity_factor: float = 1.25  # slots an expert and sequence, relative to an even share of max_experts
     router: RouterConfig = RouterConfig()
 

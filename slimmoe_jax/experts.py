@@ -1,4 +1,4 @@
-"""Expert dispatch: three ways to send tokens through the experts that they chose, behind one function.
+"""Expert dispatch: four ways to send tokens through the experts that they chose, behind one function.
 
 Axes: B batch, S sequence, D model, E experts, F expert hidden, K most experts a token, C slots an expert and sequence,
 P = S K (token, choice) pairs, M rows of the expert buffer.
@@ -7,6 +7,7 @@ P = S K (token, choice) pairs, M rows of the expert buffer.
 - `capacity`: each expert takes at most C tokens of a sequence, earlier tokens first, so that shapes are static and no token
   depends on a later one. A choice that finds its expert full is dropped: the token keeps its residual, and the drop is counted.
 - `ragged`: pairs sorted by expert, grouped matrix products over groups of any length; nothing is dropped.
+- `grouped`: the same with this package's own products for GPUs, for a mesh of one device.
 
 Rows move only by gathers. The gradient of a gather is a scatter, which is slow where rows collide; here the inverse
 index is known, so the gradient is written as a gather as well.
@@ -22,9 +23,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slimmoe_jax.config import ModelConfig
+from slimmoe_jax.config import InputError, ModelConfig
+from slimmoe_jax.grouped import grouped_dot
 
-Dispatch = Literal["dense", "capacity", "ragged"]
+Dispatch = Literal["dense", "capacity", "ragged", "grouped"]
 
 
 class ExpertWeights(NamedTuple):
@@ -44,10 +46,22 @@ class Plan(NamedTuple):
 
 
 def resolve_dispatch(config: ModelConfig, train: bool) -> Dispatch:
-    """The dispatch that is meant. Outside training nothing may be dropped, so `capacity` gives way to `dense`."""
+    """The dispatch that is meant. Outside training nothing may be dropped, so `capacity` gives way to `dense`.
+
+    `grouped` gives way to `ragged`, which computes the same, outside training where its kernels would be interpreted or
+    the mesh in use has several devices: the partitioner cannot split a kernel, each device would compute the whole batch.
+
+    Raises:
+      InputError: training with `grouped` under a mesh of several devices.
+    """
     if not config.is_moe:
         return "dense"
     method = "capacity" if config.dispatch == "auto" else config.dispatch
+    if method == "grouped":
+        devices = jax.sharding.get_abstract_mesh().size
+        if train and devices > 1:
+            raise InputError(f"model.dispatch = grouped trains on one device, and the mesh has {devices}: use auto or ragged")
+        return "grouped" if train or (devices <= 1 and jax.default_backend() == "gpu") else "ragged"
     return "dense" if method == "capacity" and not train else method
 
 
@@ -80,7 +94,8 @@ def apply_experts(
         return _dense(x, gates, weights, dropout), jnp.zeros_like(mask)
     if method == "capacity":
         return _capacity(x, gates, mask, weights, config, dropout)
-    return _ragged(x, gates, mask, weights, config, dropout), jnp.zeros_like(mask)
+    product = grouped_dot if method == "grouped" else jax.lax.ragged_dot
+    return _ragged(x, gates, mask, weights, config, dropout, product), jnp.zeros_like(mask)
 
 
 def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Callable) -> jax.Array:
@@ -110,16 +125,22 @@ def _capacity(
 
 
 def _ragged(
-    x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights, config: ModelConfig, dropout: Callable
+    x: jax.Array,
+    gates: jax.Array,
+    mask: jax.Array,
+    weights: ExpertWeights,
+    config: ModelConfig,
+    dropout: Callable,
+    product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     batch, length, width = x.shape
     choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
     tokens = (batch * length, -1)
     plan = _plan(choice.reshape(tokens), chosen.reshape(tokens), config.experts, slots=None)
     rows = _rows_of_tokens(x.reshape(tokens), plan)
-    hidden = jax.lax.ragged_dot(rows, weights.up, plan.group_sizes)
-    gate = None if weights.gate is None else jax.lax.ragged_dot(rows, weights.gate, plan.group_sizes)
-    out = jax.lax.ragged_dot(dropout(_activate(hidden, gate)), weights.down, plan.group_sizes)
+    hidden = product(rows, weights.up, plan.group_sizes)
+    gate = None if weights.gate is None else product(rows, weights.gate, plan.group_sizes)
+    out = product(dropout(_activate(hidden, gate)), weights.down, plan.group_sizes)
     return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), gate_of_choice)
 
 

@@ -34,6 +34,7 @@ from slimmoe_jax import (
     distributed,
     dump,
     evaluate,
+    experts,
     generate,
     host,
     metrics,
@@ -79,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     attention.resolve_kernel(config.model, jnp.dtype(config.precision))
+    with sharding.use(mesh):
+        experts.resolve_dispatch(config.model, train=True)
     if dry_run:
         print(summary.plan(config, mesh.size))
         return 0

@@ -102,12 +102,12 @@ def assert_trees_close(a, b, atol):
 
 @pytest.mark.parametrize(("router", "gated"), [("top_k", True), ("top_p", False), ("relu", False), ("relu", True)])
 def test_dispatches_equal_loops(router, gated):
-    """With room for all, the three dispatches have the loops' outputs and gradients, and drop nothing."""
+    """With room for all, the four dispatches have the loops' outputs and gradients, and drop nothing."""
     config = make_config(router, gated=gated)
     inputs = make_inputs(gated)
     grads, y, _, mask = by_loops(*inputs, config, slots=None)
     assert len(set(mask.sum(-1).flatten())) >= (1 if router == "top_k" else 3)
-    for method in ("dense", "capacity", "ragged"):
+    for method in ("dense", "capacity", "ragged", "grouped"):
         got_grads, got, dropped = by_dispatch(*inputs, config, method)
         np.testing.assert_allclose(got, y, atol=1e-5, rtol=1e-5, err_msg=method)
         assert_trees_close(got_grads, grads, atol=1e-5)
@@ -147,7 +147,7 @@ def test_drops_are_causal_and_stay_in_their_sequence():
     np.testing.assert_array_equal(other_dropped[0, :20], dropped[0, :20])
 
 
-@pytest.mark.parametrize("method", ["capacity", "ragged"])
+@pytest.mark.parametrize("method", ["capacity", "ragged", "grouped"])
 def test_rows_move_without_scatter(method):
     """Neither pass scatters floats: a plain indexed read, whose gradient does, is noticed by the same search."""
     config = make_config("top_k")
@@ -164,7 +164,7 @@ def test_rows_move_without_scatter(method):
     assert scatter.search(str(jax.make_jaxpr(jax.grad(lambda x: jnp.take(x, jnp.arange(2), axis=0).sum()))(x)))
 
 
-@pytest.mark.parametrize("method", ["dense", "capacity", "ragged"])
+@pytest.mark.parametrize("method", ["dense", "capacity", "ragged", "grouped"])
 def test_dropout_acts_on_hidden_activations(method):
     """Dropout sees [..., F] after the activation: doubling there doubles the output."""
     config = make_config("top_k")
@@ -193,7 +193,8 @@ def test_capacity_rounds_up_to_eights():
 
 @pytest.mark.parametrize(
     ("dispatch", "training", "otherwise"),
-    [("auto", "capacity", "dense"), ("capacity", "capacity", "dense"), ("dense", "dense", "dense"), ("ragged",) * 3],
+    [("auto", "capacity", "dense"), ("capacity", "capacity", "dense"), ("dense", "dense", "dense"), ("ragged",) * 3]
+    + [("grouped", "grouped", "ragged")],  # which would be interpreted here
 )
 def test_nothing_is_dropped_outside_training(dispatch, training, otherwise):
     """Only training uses slots; a dense model has nothing to dispatch."""
@@ -209,7 +210,7 @@ def test_bfloat16_stays_close():
     x, router, weights = make_inputs(gated=True)
     gates, mask = route(x, router, config)
     low = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), (x, weights))
-    for method in ("dense", "capacity", "ragged"):
+    for method in ("dense", "capacity", "ragged", "grouped"):
         apply = jax.jit(lambda x, w, method=method: experts.apply_experts(x, gates, mask, w, method=method, config=config)[0])
         y, exact = apply(*low), apply(x, weights)
         assert y.dtype == jnp.bfloat16

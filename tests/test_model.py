@@ -53,7 +53,7 @@ def test_dispatches_agree_in_value_and_gradient_when_nothing_drops(params, route
 
     dense = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     (value, _), grads = dense(params, "dense")
-    for dispatch in ("capacity", "ragged"):
+    for dispatch in ("capacity", "ragged", "grouped"):
         (other, dropped), other_grads = dense(params, dispatch)
         assert dropped == 0 and abs(other - value) < 1e-5
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
@@ -90,7 +90,7 @@ def test_left_padding_changes_nothing(params):
     np.testing.assert_allclose(out.logits()[:, 6:], run(params, CONFIG, short).logits(), atol=1e-4)
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "capacity", "ragged"])
+@pytest.mark.parametrize("dispatch", ["dense", "capacity", "ragged", "grouped"])
 def test_no_output_depends_on_a_later_token(params, dispatch):
     """Drops included: the capacity is tight, and whoever is dropped is decided by earlier tokens alone."""
     config = dataclasses.replace(CONFIG, dispatch=dispatch, capacity_factor=0.3)
