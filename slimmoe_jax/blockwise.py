@@ -35,7 +35,7 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: j
 def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Residuals]:
     q, k, v = _group(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
     outs, log_sums = [], []
-    for first, end in _blocks(q.shape[3]):
+    for first, end in blocks(q.shape[3]):
         scores = _scores(q, k, mask, first, end)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -52,7 +52,7 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
     grad = _group(grad, k.shape[1])
     along = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # sum_t P_t dP_t of each query
     d_query, d_key, d_value = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for first, end in _blocks(q.shape[3]):
+    for first, end in blocks(q.shape[3]):
         rows = slice(first, end)
         probabilities = jnp.exp(_scores(q, k, mask, first, end) - log_sum[..., rows, :])
         d_probabilities = jnp.einsum("BKGQH,BKTH->BKGQT", grad[..., rows, :], v[:, :, :end], preferred_element_type=jnp.float32)
@@ -68,7 +68,7 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
 causal_attention.defvjp(_forward, _backward)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
+def blocks(length: int) -> list[tuple[int, int]]:
     """The first query of each block, and the one after its last."""
     size = max(SHORTEST_BLOCK, -(-length // MOST_BLOCKS))
     return [(first, min(first + size, length)) for first in range(0, length, size)]

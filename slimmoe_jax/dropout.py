@@ -1,7 +1,7 @@
 """Dropout whose mask is a hash of each value's place and a seed: cheaper than a random generator, and never kept.
 
-The hash fuses with whatever makes and uses the values, and the backward pass forms the mask anew, so that dropout moves no memory of
-its own. The same seed drops the same places on any mesh.
+The hash fuses with whatever makes and uses the values, and the backward pass forms the mask anew, so that dropout moves no memory
+of its own. The same seed drops the same places on any mesh.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Rows of the embedding table by token, with a gradient that frequent tokens do not slow down.
 
-The gradient of a gather is a scatter-add. On NVIDIA GPUs its float32 additions to one row wait for each other, and in text a few tokens
-are a large part of all. Sorted by token, the rows to be added stand together, and the compiler adds them up before it writes.
+The gradient of a gather is a scatter-add. On NVIDIA GPUs its float32 additions to one row wait for each other, and in text a few
+tokens are a large part of all. Sorted by token, rows to be added stand together, and the compiler adds them up before it writes.
+Unmeasured here: no GPU has run it.
 
 Axes: T tokens, V vocabulary, D model.
 """

@@ -65,9 +65,7 @@ def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, tile_token
     Args: as `cross_entropy`.
     """
     tiles, padded, vocabulary = _tiles(hidden, tile_tokens), _padded(head), head.shape[1]
-    nll = jax.lax.map(
-        lambda t: _nll(_logits(t[0], padded, vocabulary), t[1])[0], (_split(hidden, tiles), _split(targets, tiles))
-    )
+    nll = jax.lax.map(lambda t: _nll(_logits(t[0], padded, vocabulary), t[1])[0], (_split(hidden, tiles), _split(targets, tiles)))
     return _join(nll)
 
 

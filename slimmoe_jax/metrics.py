@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slimmoe_jax import blockwise
 from slimmoe_jax.config import ModelConfig, TrainConfig
 
 # Dense peaks in FLOP/s from the vendors' data sheets: device kind -> (bfloat16, float32 as JAX runs it: TF32 where there is one).
@@ -92,7 +93,9 @@ def memory_estimate(config: TrainConfig, devices: int = 1) -> dict[str, float]:
     hidden = (3 if model.gated else 2) * model.expert_hidden  # before and after the activation
     layer = 6 * d + 3 * heads + kv + slots * (2 * d + hidden)
     flash = config.precision == "bfloat16" and model.attention != "xla"
-    scores = 0 if flash else 3 * 4 * tokens * model.heads * config.data.context  # of one layer, and their gradients
+    block = max(end - first for first, end in blockwise.blocks(config.data.context))
+    queries = tokens * block / config.data.context  # of a block, in all sequences
+    scores = 0 if flash else 3 * 4 * queries * model.heads * config.data.context
     layers = 1 + model.layers * d / layer if config.remat else model.layers
     tile = min(tokens, 8_192) * model.vocab_size * 4 * 2
     return {
@@ -100,7 +103,7 @@ def memory_estimate(config: TrainConfig, devices: int = 1) -> dict[str, float]:
         "gradients": 4 * parameters / shards,
         "Adam moments": 8 * parameters / shards,
         "activations": tokens * layer * layers * item,
-        "attention scores of a layer": scores,
+        "attention scores of a block": scores,
         "logits of a tile": tile + 2 * 4 * model.vocab_size * d,
     }
 

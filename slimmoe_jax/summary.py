@@ -1,11 +1,13 @@
-"""The plan of a run, for `--dry-run`: what would be trained, what it costs, and what it needs."""
+"""The plan of a run, for `--dry-run`: what would be trained, what it costs, and what it needs; and how it runs on this machine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from slimmoe_jax import metrics
+import jax.numpy as jnp
+
+from slimmoe_jax import attention, experts, metrics
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.progress import short
 
@@ -43,6 +45,17 @@ def plan(config: TrainConfig, devices: int = 1) -> str:
     rows = [(part, f"{size / 2**30:.2f} GiB") for part, size in memory.items()]
     sections.append(_table("Memory on each device, estimated", [*rows, ("total", f"{sum(memory.values()) / 2**30:.2f} GiB")]))
     return "\n\n".join(sections)
+
+
+def choices(config: TrainConfig) -> str:
+    """What `auto` and precision come to on this machine, in one line. Needs the mesh in use."""
+    model = config.model
+    kernel = attention.resolve_kernel(model, jnp.dtype(config.precision))
+    words = [f"{config.precision}", {"cudnn": "cuDNN attention", "xla": "blockwise attention in XLA"}[kernel]]
+    if model.is_moe:
+        training, evaluation = (experts.resolve_dispatch(model, train) for train in (True, False))
+        words.append(f"{training} dispatch" + (f" ({evaluation} in evaluation)" if evaluation != training else ""))
+    return ", ".join(words)
 
 
 def _position(rotary: float) -> str:

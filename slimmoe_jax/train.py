@@ -145,7 +145,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
     signals, pending, validation_loss = distributed.StopSignals(), None, None
     with sharding.use(mesh), log, signals:
-        say("compiling the training step")
+        say(f"compiling the training step: {summary.choices(config)}")
         if initial is not None:
             say(f"before training: validation loss {_held_out(config, records, eval_step, mesh, train_state).loss:.4f}")
         batch, rows = put_next(batches, mesh)
