@@ -18,6 +18,7 @@ from flax import struct
 
 from slimmoe_jax import blockwise
 from slimmoe_jax.config import InputError, ModelConfig
+from slimmoe_jax.norm import RMSNorm
 
 Kernel = Literal["xla", "cudnn"]
 
@@ -128,8 +129,8 @@ class Attention(nn.Module):
         k = jnp.einsum("BSD,DKH->BSKH", x, key)
         v = jnp.einsum("BSD,DKH->BSKH", x, value)
         if c.qk_norm:
-            q = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="query_norm")(q)
-            k = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="key_norm")(k)
+            q = RMSNorm(c.norm_epsilon, name="query_norm")(q)
+            k = RMSNorm(c.norm_epsilon, name="key_norm")(k)
         dim = rotary_dim(c.head_dim, self.rotary)
         q, k = rotate(q, positions, dim, c.rope_theta), rotate(k, positions, dim, c.rope_theta)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -23,11 +24,15 @@ class Dropout(nn.Module):
     rate: float
     train: bool
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.draw()(x)
+
+    def draw(self) -> Callable[[jax.Array], jax.Array]:
+        """A pure function that drops the places of one draw."""
         if not self.train or self.rate == 0:
-            return x
-        return drop(x, jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32), self.rate)
+            return lambda x: x
+        seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
+        return lambda x: drop(x, seed, self.rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

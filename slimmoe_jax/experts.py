@@ -99,11 +99,14 @@ def apply_experts(
 
 
 def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Callable) -> jax.Array:
+    def down(hidden: jax.Array, gate: jax.Array | None, gates: jax.Array) -> jax.Array:
+        # Weighting the hidden layer instead of the output spares an array [B, S, E, D].
+        weighted = dropout(_activate(hidden, gate)) * gates[..., None].astype(x.dtype)
+        return jnp.einsum("BSEF,EFD->BSD", weighted, weights.down)
+
     hidden = jnp.einsum("BSD,EDF->BSEF", x, weights.up)
     gate = None if weights.gate is None else jnp.einsum("BSD,EDF->BSEF", x, weights.gate)
-    hidden = dropout(_activate(hidden, gate))
-    # Weighting the hidden layer instead of the output spares an array [B, S, E, D].
-    return jnp.einsum("BSEF,EFD->BSD", hidden * gates[..., None].astype(x.dtype), weights.down)
+    return _lean(down)(hidden, gate, gates)
 
 
 def _capacity(
@@ -113,11 +116,17 @@ def _capacity(
     experts, slots = config.experts, capacity(config, length)
     choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
     plan = jax.vmap(lambda e, c: _plan(e, c, experts, slots))(choice, chosen)
-    rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
-    rows = nn.with_logical_constraint(rows.swapaxes(0, 1), ("expert", "group", None, None))
-    hidden = jnp.einsum("EBCD,EDF->EBCF", rows, weights.up)
-    gate = None if weights.gate is None else jnp.einsum("EBCD,EDF->EBCF", rows, weights.gate)
-    out = jnp.einsum("EBCF,EFD->EBCD", dropout(_activate(hidden, gate)), weights.down)
+
+    def up(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
+        rows = nn.with_logical_constraint(rows.swapaxes(0, 1), ("expert", "group", None, None))
+        return jnp.einsum("EBCD,EDF->EBCF", rows, weight)
+
+    def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
+        return jnp.einsum("EBCF,EFD->EBCD", dropout(_activate(hidden, gate)), weights.down)
+
+    hidden = _lean(up)(x, weights.up)
+    out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
     out = jax.vmap(_rows_of_pairs)(out.swapaxes(0, 1).reshape(batch, experts * slots, width), plan)
     y = _combine(out, gate_of_choice)
     full = (plan.slot_of_pair == experts * slots) & chosen
@@ -137,11 +146,24 @@ def _ragged(
     choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
     tokens = (batch * length, -1)
     plan = _plan(choice.reshape(tokens), chosen.reshape(tokens), config.experts, slots=None)
-    rows = _rows_of_tokens(x.reshape(tokens), plan)
-    hidden = product(rows, weights.up, plan.group_sizes)
-    gate = None if weights.gate is None else product(rows, weights.gate, plan.group_sizes)
-    out = product(dropout(_activate(hidden, gate)), weights.down, plan.group_sizes)
+
+    def up(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return product(_rows_of_tokens(x.reshape(tokens), plan), weight, plan.group_sizes)
+
+    def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
+        return product(dropout(_activate(hidden, gate)), weights.down, plan.group_sizes)
+
+    hidden = _lean(up)(x, weights.up)
+    out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
     return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), gate_of_choice)
+
+
+def _lean(product: Callable) -> Callable:
+    """A function that ends in a matrix product, keeping what it is given for the backward pass and not the product's operand.
+
+    The gather or the activation before the product runs again there. The product does not: its gradients want its operands only.
+    """
+    return jax.checkpoint(product)
 
 
 def _activate(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:

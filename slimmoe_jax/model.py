@@ -21,6 +21,7 @@ from slimmoe_jax.config import ModelConfig
 from slimmoe_jax.dropout import Dropout
 from slimmoe_jax.embedding import lookup
 from slimmoe_jax.experts import ExpertWeights
+from slimmoe_jax.norm import RMSNorm
 from slimmoe_jax.routing import RouterState, RoutingStats
 
 
@@ -56,12 +57,12 @@ class FeedForward(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("embed", None))
             router = self.param("router", init, (c.width, c.experts))
             with jax.named_scope("router"):
-                logits = jnp.einsum("BSD,DE->BSE", x.astype(jnp.float32), router, precision="highest")
+                logits = jax.checkpoint(_router_logits)(x, router)  # keeps x as it is, not in float32
                 routed = routing.route(logits, c.router, threshold, bias, valid)
             gates, mask = routed.gates, routed.mask
         else:
             gates, mask = jnp.ones((*x.shape[:2], 1), jnp.float32), jnp.ones((*x.shape[:2], 1), bool)
-        dropout = Dropout(c.dropout, train)
+        dropout = Dropout(c.dropout, train).draw()
         y, dropped = experts.apply_experts(x, gates, mask, self._weights(), method=self.method, config=c, dropout=dropout)
         if not c.is_moe:
             return y, None
@@ -103,10 +104,10 @@ class Block(nn.Module):
         dropout = Dropout(c.dropout, self.train)
         y, keys_values = attention.Attention(
             c, c.layer_kv_heads[self.layer], c.layer_rotary[self.layer], self.kernel, self.dtype, name="attention"
-        )(_norm(c, self.dtype, "attention_norm")(x), positions, mask, cached, start)
+        )(RMSNorm(c.norm_epsilon, name="attention_norm")(x), positions, mask, cached, start)
         x = x + dropout(y)
         y, stats = FeedForward(c, self.method, self.dtype, name="experts")(
-            _norm(c, self.dtype, "experts_norm")(x), state.threshold, state.bias[self.layer], valid, self.train
+            RMSNorm(c.norm_epsilon, name="experts_norm")(x), state.threshold, state.bias[self.layer], valid, self.train
         )
         return nn.with_logical_constraint(x + dropout(y), ("batch", None, None)), stats, keys_values
 
@@ -176,15 +177,16 @@ class SlimMoE(nn.Module):
         if cache is not None:
             cache = cache.replace(keys=tuple(keys), values=tuple(values), length=cache.length + tokens.shape[1])
         return Output(
-            hidden=_norm(c, self.dtype, "final_norm")(x),
+            hidden=RMSNorm(c.norm_epsilon, name="final_norm")(x),
             head=head.astype(self.dtype),
             stats=jax.tree.map(lambda *layers: jnp.stack(layers), *all_stats) if c.is_moe else None,
             cache=cache,
         )
 
 
-def _norm(config: ModelConfig, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
-    return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
+def _router_logits(x: jax.Array, router: jax.Array) -> jax.Array:
+    """[B, S, D] and [D, E] -> [B, S, E] float32."""
+    return jnp.einsum("BSD,DE->BSE", x.astype(jnp.float32), router, precision="highest")
 
 
 def _attention_mask(
