@@ -315,6 +315,7 @@ class Bench:
         spec = what | {"size": args.size, "form": args.form, "precision": args.precision, "batch": batch, "layers": args.layers}
         spec |= {"weights": str(self._folder / "weights.npz"), "steps": args.steps, "warmup": args.warmup, "context": args.context}
         environment = os.environ | {SPEC: json.dumps(spec), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "HF_HUB_OFFLINE": "1"}
+        environment |= {"JAX_TRACEBACK_FILTERING": "off"}  # an error's last line is then its message
         done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SideError((done.stderr.strip().splitlines() or ["no message"])[-1])

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,18 +35,18 @@ from common import header, machine, on_gpu, row, zipf_tokens
 
 from slimmoe_jax import config as config_lib
 from slimmoe_jax import host
-from slimmoe_jax.config import TrainConfig
+from slimmoe_jax.config import ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"quickstart": "quickstart.py", "250m": "pretrain.py"}
 SPEC = "TRAIN_STEP_SPEC"  # tells a process which row it is
 # What part of the model an operation belongs to, by the scopes in its name; the first that fits.
 PARTS = (
-    ("optimizer", r"/optimizer/"),
-    ("head and loss", r"/cross_entropy/"),
-    ("attention", r"/attention/"),
-    ("router", r"/router/"),
-    ("experts", r"/experts/"),
+    ("optimizer", r"\boptimizer\b"),
+    ("head and loss", r"\bcross_entropy\b"),
+    ("attention", r"\battention\b"),
+    ("router", r"\brouter\b"),
+    ("experts", r"\bexperts\b"),
     ("rest", r""),
 )
 
@@ -231,6 +232,7 @@ def run_row(spec: Row, args: argparse.Namespace) -> dict | None:
         flags += " --xla_gpu_enable_command_buffer=" if on_gpu() else ""
     environment = os.environ | {SPEC: json.dumps({"row": dataclasses.asdict(spec)} | numbers)}
     environment |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    environment |= {"JAX_TRACEBACK_FILTERING": "off"}  # an error's last line is then its message
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -274,8 +276,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=0, help="tokens a sequence; 0: the config's")
     parser.add_argument("--layers", type=int, default=0, help="0: the config's")
     parser.add_argument("--precision", nargs="+", default=["bfloat16" if gpu else "float32"], help="(default: %(default)s)")
-    parser.add_argument("--dispatch", nargs="+", default=["auto"])
-    parser.add_argument("--attention", nargs="+", default=["auto"])
+    for name in ("dispatch", "attention"):
+        known = typing.get_args(typing.get_type_hints(ModelConfig)[name])
+        parser.add_argument(f"--{name}", nargs="+", default=["auto"], choices=known)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0])
     parser.add_argument("--remat", type=int, nargs="+", choices=(0, 1), default=[0])
     parser.add_argument("--dense", action="store_true", help="beside each, the dense model of as many FLOPs")

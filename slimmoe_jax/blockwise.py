@@ -36,6 +36,7 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     q, k, v = _group(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
     outs, log_sums = [], []
     for first, end in blocks(q.shape[3]):
+        q = _after(q, outs)
         scores = _scores(q, k, mask, first, end)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -54,6 +55,7 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
     d_query, d_key, d_value = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for first, end in blocks(q.shape[3]):
         rows = slice(first, end)
+        q = _after(q, d_query)
         probabilities = jnp.exp(_scores(q, k, mask, first, end) - log_sum[..., rows, :])
         d_probabilities = jnp.einsum("BKGQH,BKTH->BKGQT", grad[..., rows, :], v[:, :, :end], preferred_element_type=jnp.float32)
         d_scores = (probabilities * (d_probabilities - along[..., rows, :])).astype(q.dtype)
@@ -72,6 +74,11 @@ def blocks(length: int) -> list[tuple[int, int]]:
     """The first query of each block, and the one after its last."""
     size = max(SHORTEST_BLOCK, -(-length // MOST_BLOCKS))
     return [(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _after(x: jax.Array, done: list[jax.Array]) -> jax.Array:
+    """x, but not before the last of `done` is there: of several blocks at once, all scores would be held at once."""
+    return jax.lax.optimization_barrier((x, done[-1]))[0] if done else x
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, first: int, end: int) -> jax.Array:
