@@ -23,6 +23,14 @@ def machine(*packages: str, device: str = "") -> str:
     return f"{device or processor}, Python {platform.python_version()}, {versions}"
 
 
+def one_device():
+    """A mesh of the first device alone, so that a figure means the same on a machine with several."""
+    import jax  # not at the top: what measures data alone needs no JAX
+
+    axes = ("data", "fsdp", "expert")
+    return jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
 def row(cells: Iterable[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
