@@ -188,10 +188,13 @@ def cache_bytes(decoding: generate.Decoding) -> float:
     return sum(array.nbytes for array in (*cache.keys, *cache.values)) / cache.positions.size
 
 
-def check_bytes(name: str, counted: int, found: float) -> None:
-    """Stops the program where the accounting does not match the arrays."""
-    if counted != found:
-        raise SystemExit(f"{name}: {counted} bytes a token by metrics, {found} in the cache; nothing was timed")
+def check_bytes(name: str, counted: dict[str, int], found: dict[str, float]) -> None:
+    """Stops the program where the accounting, of the variant or of MHA beside it, does not match the arrays."""
+    if (counted["vgqa"], counted["mha"]) != (found[name], found["MHA"]):
+        raise SystemExit(
+            f"{name}: metrics count {counted['vgqa']} bytes a token, and {counted['mha']} for MHA; the caches hold {found[name]:g}"
+            f" and {found['MHA']:g}; nothing was timed"
+        )
 
 
 def timed(weights: generate.Weights, prompts: np.ndarray, new: int) -> tuple[float, float, generate.Decoding]:
@@ -217,21 +220,19 @@ def against_each_other(args: argparse.Namespace) -> None:
     print(f"{vgqa.layers} layers, width {vgqa.width}, {vgqa.heads} query heads of {vgqa.head_dim}, vocabulary {vgqa.vocab_size:,},")
     print(f"VGQA by layer: {', '.join(map(str, vgqa.layer_kv_heads))}; {args.dtype}")
     print(f"{args.prompt} prompt tokens, {args.new} new tokens, greedy, {args.repeats} alternating repeats\n")
+    itemsize, found = jnp.dtype(args.dtype).itemsize, {}
+    prompts = {batch: np.random.default_rng(batch).integers(0, vgqa.vocab_size, (batch, args.prompt)) for batch in BATCHES}
+    for batch in BATCHES:  # compiles and warms up
+        for name, side in weights.items():
+            found[name] = cache_bytes(timed(side, prompts[batch], args.new)[2])
+            check_bytes(name, metrics.kv_cache_bytes_per_token(configs[name], itemsize), found)
     columns = "batch, attention, parameters, kv bytes a token, of MHA, decoding tokens/s, x MHA, prefill ms, x MHA"
     print(header(columns.split(", ")), flush=True)
     for batch in BATCHES:
-        prompts = np.random.default_rng(batch).integers(0, vgqa.vocab_size, (batch, args.prompt))
-        found = {name: cache_bytes(timed(side, prompts, args.new)[2]) for name, side in weights.items()}  # compiles, warms up
-        counted = {
-            name: metrics.kv_cache_bytes_per_token(config, jnp.dtype(args.dtype).itemsize) for name, config in configs.items()
-        }
-        for name in configs:
-            check_bytes(name, counted[name]["vgqa"], found[name])
-            check_bytes("MHA", counted[name]["mha"], found["MHA"])
         prefill, rates = {name: [] for name in weights}, {name: [] for name in weights}
         for _ in range(args.repeats):
             for name, side in weights.items():
-                filling, decoding, _ = timed(side, prompts, args.new)
+                filling, decoding, _ = timed(side, prompts[batch], args.new)
                 prefill[name].append(1e3 * filling)
                 rates[name].append(batch * (args.new - 1) / decoding)  # the first token is the prefill's
         for name, config in configs.items():
