@@ -4,12 +4,13 @@
 
 From one base model, one size at a time starts at half the base's (experts: at the base's) and doubles; the others stay. A row is
 one whole training step (forward, backward, clipping, AdamW) on random tokens, its median and spread over the repeats after two
-steps to warm up, and each "x" is the ratio to the row before:
+steps to warm up, and each "x" is the ratio to the row before. The values of a size take turns, step by step, so that a busy spell
+of the machine meets all of them.
 
 - time, beside `metrics.train_flops_per_token` times tokens: attention counted whole (palm) where the kernel computes the full
   square, half (causal) where it is a flash kernel;
 - memory, the compiler's temporaries and arguments (parameters, moments, batch), beside the sum of `metrics.memory_estimate`; on
-  a GPU also the device's own peak, for which each row runs in a process of its own;
+  a GPU also the device's own peak, for which each row runs in a process of its own, one after another;
 - compile: tracing and compiling, without a cache.
 
 Width doubles the heads and the experts' hidden layer with it; experts are always chosen by top-2. On a GPU the base is
@@ -80,50 +81,70 @@ def step_memory(config: TrainConfig) -> float:
     return sum(metrics.memory_estimate(config).values())
 
 
-def measure(config: TrainConfig, repeats: int) -> dict[str, Any]:
-    """Seconds of each timed step and of compilation, bytes by the compiler, and the device's peak where it counts one."""
-    mesh = one_device()
-    like = state.abstract(config, mesh)
-    layout = (jax.tree.map(lambda leaf: leaf.sharding, like), sharding.replicated(mesh))
-    shape = (config.data.batch_size, config.data.context + 1)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    batch = jax.device_put({"tokens": tokens}, sharding.batch_sharding(mesh))
-    with sharding.use(mesh):
-        run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
+class Training:
+    """A training step, compiled, and the state that it goes on from."""
+
+    def __init__(self, config: TrainConfig):
+        mesh = one_device()
+        like = state.abstract(config, mesh)
+        layout = (jax.tree.map(lambda leaf: leaf.sharding, like), sharding.replicated(mesh))
+        shape = (config.data.batch_size, config.data.context + 1)
+        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+        self._batch = jax.device_put({"tokens": tokens}, sharding.batch_sharding(mesh))
+        with sharding.use(mesh):
+            run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
+            started = time.perf_counter()
+            self._run = jax.jit(run, donate_argnums=0, out_shardings=layout).lower(like, self._batch).compile()
+            self.compile_seconds = time.perf_counter() - started
+        self._state = state.create(config, mesh)
+        self.seconds: list[float] = []  # of each step
+
+    def step(self) -> None:
+        """Takes one step and notes its time."""
         started = time.perf_counter()
-        compiled = jax.jit(run, donate_argnums=0, out_shardings=layout).lower(like, batch).compile()
-        compile_seconds = time.perf_counter() - started
-    current, seconds = state.create(config, mesh), []
+        self._state, found = jax.block_until_ready(self._run(self._state, self._batch))
+        self.seconds.append(time.perf_counter() - started)
+        if found["skipped"] or not np.isfinite(found["loss"]):
+            raise SystemExit("a step's loss is not finite; what was timed is no training")
+
+    def figures(self) -> dict[str, Any]:
+        """Seconds of each timed step and of compilation, bytes by the compiler, and the device's peak where it counts one."""
+        memory, (device,) = self._run.memory_analysis(), self._state.step.devices()
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        return {"seconds": self.seconds[WARM_UP:], "compile": self.compile_seconds, "memory": size, "peak": peak}
+
+
+def measure(configs: list[TrainConfig], repeats: int) -> list[dict[str, Any]]:
+    """The figures of each; they take turns."""
+    trainings = [Training(config) for config in configs]
     for _ in range(WARM_UP + repeats):
-        started = time.perf_counter()
-        current, found = compiled(current, batch)
-        jax.block_until_ready((current, found))
-        seconds.append(time.perf_counter() - started)
-    if not np.isfinite(float(found["loss"])) or bool(found["skipped"]):
-        raise SystemExit("a step's loss is not finite; what was timed is no training")
-    memory = compiled.memory_analysis()
-    peak = (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    return {"seconds": seconds[WARM_UP:], "compile": compile_seconds, "memory": size, "peak": peak}
+        for training in trainings:
+            training.step()
+    return [training.figures() for training in trainings]
 
 
-def measure_apart(config: TrainConfig, repeats: int) -> dict[str, Any]:
-    """The same in a process of its own: a device's peak is that of the process's whole life."""
-    command = [sys.executable, __file__, "--repeats", str(repeats), "--measure", json.dumps(config_lib.to_json(config))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"a row's process failed with exit code {done.returncode}; its error is above")
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_apart(configs: list[TrainConfig], repeats: int) -> list[dict[str, Any] | None]:
+    """The same, each in a process of its own: a device's peak is that of the process's whole life. None: it does not fit."""
+    found = []
+    for config in configs:
+        command = [sys.executable, __file__, "--repeats", str(repeats), "--measure", json.dumps(config_lib.to_json(config))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"a row's process failed with exit code {done.returncode}; its error is above")
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
 
-def measure_or_none(config: TrainConfig, repeats: int) -> dict[str, Any] | None:
-    """None where the device's memory does not hold the step."""
+def measure_one(config: str, repeats: int) -> dict[str, Any] | None:
+    """What such a process does. None where the device's memory does not hold the step."""
     try:
-        return measure(config, repeats)
+        (figures,) = measure([config_lib.from_json(json.loads(config), "--measure")], repeats)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
+    return figures
 
 
 def times(new: float, old: float | None) -> str:
@@ -132,13 +153,13 @@ def times(new: float, old: float | None) -> str:
 
 def rows_of(base: TrainConfig, axis: str, doublings: int, repeats: int, apart: bool) -> None:
     """Prints the rows of one size."""
+    values = [start_of(base, axis) << n for n in range(doublings + 1)]
+    configs = [sized(base, axis, value) for value in values]
     median = memory = flops = estimate = None  # of the row before
-    for value in (start_of(base, axis) << n for n in range(doublings + 1)):
-        config = sized(base, axis, value)
-        found = (measure_apart if apart else measure_or_none)(config, repeats)
+    for value, config, found in zip(values, configs, (measure_apart if apart else measure)(configs, repeats), strict=True):
         if found is None:
-            print(row([axis, f"{value:,}", "does not fit", *[""] * (7 if apart else 6)]), flush=True)
-            return  # the next is larger still
+            print(row([axis, f"{value:,}", "does not fit", *[""] * 7]), flush=True)
+            break  # the next is larger still
         milliseconds = [1e3 * seconds for seconds in found["seconds"]]
         new = (statistics.median(milliseconds), found["memory"], step_flops(config), step_memory(config))
         cells = [axis, f"{value:,}", spread(milliseconds, ",.1f"), times(new[0], median), times(new[2], flops)]
@@ -155,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a config as JSON: what a row's own process is given
     args = parser.parse_args(argv)
     if args.measure:
-        print(json.dumps(measure_or_none(config_lib.from_json(json.loads(args.measure), "--measure"), args.repeats)))
+        print(json.dumps(measure_one(args.measure, args.repeats)))
         return
     gpu = jax.default_backend() == "gpu"
     base = base_config(gpu)

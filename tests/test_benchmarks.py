@@ -118,7 +118,24 @@ def test_growth_refuses_to_time_a_step_that_fails(load):
     growth = load("growth")
     broken = config_lib.override(tiny(growth.base_config(gpu=False)), {"model.init_std": float("nan")})
     with pytest.raises(SystemExit, match="not finite"):
-        growth.measure(broken, repeats=1)
+        growth.measure([broken], repeats=1)
+
+
+def test_growth_measures_a_row_in_a_process_of_its_own(load, capfd, monkeypatch):
+    growth = load("growth")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (found,) = growth.measure_apart([tiny(growth.base_config(gpu=False))], repeats=2)
+    assert len(found["seconds"]) == 2 and found["memory"] > 0 and found["peak"] == 0  # a CPU counts none
+    failed = subprocess.CompletedProcess([], returncode=1, stdout="")
+    monkeypatch.setattr(growth.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match="exit code 1"):
+        growth.measure_apart([growth.base_config(gpu=False)], repeats=1)
+
+    def full(*_):
+        raise growth.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(growth, "measure", full)
+    assert growth.measure_one(json.dumps(config_lib.to_json(growth.base_config(gpu=False))), repeats=1) is None
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------
