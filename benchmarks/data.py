@@ -19,19 +19,16 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core against a core
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from common import header, machine, row
 
-import datasets  # noqa: E402
-import tokenizers as rust  # noqa: E402
-from common import header, machine, row  # noqa: E402
+from slimmoe_jax.conversion import tokenizer as conversion
+from slimmoe_jax.data import records, sources, tokenizers
 
-from slimmoe_jax.conversion import tokenizer as conversion  # noqa: E402
-from slimmoe_jax.data import records, sources, tokenizers  # noqa: E402
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core against a core; read when it is first used
 
 CONTEXT, BATCH = 2_048, 32
 READ_SECONDS = 3.0
@@ -40,6 +37,8 @@ READERS = (0, 2)  # worker processes; 0 reads in threads
 PASSES = 3
 SAMPLE = 500  # documents whose tokens are compared
 OURS, FAST, PEER = "GPT-2 encoding alone", "`tokenizers` alone", "`tokenizers` in `datasets.map`"
+
+Encode = Callable[[list[str]], Sequence[list[int]]]
 
 
 class Rate(NamedTuple):
@@ -66,8 +65,12 @@ def documents(source: str, characters: int) -> list[str]:
     return found
 
 
-def encoders() -> dict[str, Callable[[list[str]], list[list[int]]]]:
+def encoders() -> dict[str, Encode]:
     """Texts -> tokens, by side."""
+    import datasets  # here, after `preparing`: a process starts out with its parent's peak of memory as its own
+    import tokenizers as rust
+
+    datasets.disable_progress_bars()
     ours = tokenizers.load("gpt2")
     with tempfile.TemporaryDirectory() as folder:
         conversion.write(ours, CONTEXT, Path(folder))
@@ -77,7 +80,7 @@ def encoders() -> dict[str, Callable[[list[str]], list[list[int]]]]:
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in fast.encode_batch(texts)]
 
-    def mapped(texts: list[str]) -> datasets.Dataset:
+    def mapped(texts: list[str]) -> Sequence[list[int]]:
         rows = datasets.Dataset.from_dict({"text": texts})
         options = dict(batched=True, batch_size=1_000, remove_columns=["text"], load_from_cache_file=False)
         return rows.map(lambda batch: {"tokens": encode(batch["text"])}, **options)["tokens"]
@@ -85,17 +88,17 @@ def encoders() -> dict[str, Callable[[list[str]], list[list[int]]]]:
     return {OURS: ours.encode_batch, FAST: encode, PEER: mapped}
 
 
-def check_equal(sides: dict[str, Callable[[list[str]], list[list[int]]]], texts: list[str]) -> None:
+def check_equal(sides: dict[str, Encode], texts: list[str]) -> None:
     """Stops the program where a side's tokens differ from ours."""
     sample = texts[:: max(1, len(texts) // SAMPLE)]
     expected = sides[OURS](sample)
     for name, side in sides.items():
         for number, (found, ours) in enumerate(zip(side(sample), expected, strict=True)):
             if list(found) != ours:
-                raise SystemExit(f"{name}: the tokens of document {number} of the sample differ; nothing was timed")
+                raise SystemExit(f"{name}: the tokens of document {number} of the sample differ from ours")
 
 
-def tokenizing(sides: dict[str, Callable[[list[str]], list[list[int]]]], texts: list[str]) -> dict[str, Rate]:
+def tokenizing(sides: dict[str, Encode], texts: list[str]) -> dict[str, Rate]:
     """The best of each side's passes, the sides taking turns."""
     total = sum(map(len, sides[OURS](texts)))
     rates = {name: Rate(0.0, 0.0) for name in sides}
@@ -152,26 +155,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=128, help="smallest input to prepare; then 2 and 4 times that")
     parser.add_argument("--characters", type=float, default=16, help="millions of the source (default: %(default)s)")
     args = parser.parse_args(argv)
-    datasets.disable_progress_bars()
-    texts, sides = documents(args.source, int(args.characters * 1e6)), encoders()
-    check_equal(sides, texts)
-    print(machine("grain", "tiktoken", "numpy", "tokenizers", "datasets"))
-    print(f"text: {args.source}, {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters\n")
-    print(header(["what", "figure", "x `datasets.map`"]), flush=True)
-    rates = tokenizing(sides, texts)
-    peer = rates[PEER].core
-    for name, rate in rates.items():
-        print(rate.cells(name, peer), flush=True)
+    texts, prepared = documents(args.source, int(args.characters * 1e6)), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for megabytes, workers in PREPARE:
-            megabytes *= args.megabytes
-            rate, peak = preparing(texts, megabytes, folder, workers)
-            print(rate.cells(f"prepare {megabytes} MB, {workers} workers", peer, f", peak {peak:.0f} MiB"), flush=True)
-        for workers in READERS:
-            rate = reading(folder / "records", workers)
-            what = f"read, context {CONTEXT}, batch {BATCH}, {workers} workers"
-            print(row([what, f"{rate / 1e6:.1f}M tokens/s", ""]), flush=True)
+        for factor, workers in PREPARE:
+            megabytes = factor * args.megabytes
+            what = f"prepare {megabytes} MB, {workers} worker{'s' * (workers > 1)}"
+            prepared[what] = preparing(texts, megabytes, folder, workers)
+        delivered = {workers: reading(folder / "records", workers) for workers in READERS}
+    sides = encoders()
+    check_equal(sides, texts)
+    encoded = tokenizing(sides, texts)
+    print(machine("grain", "tiktoken", "numpy", "tokenizers", "datasets"))
+    print(f"text: {args.source}, {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f}M characters\n")
+    print(header(["what", "figure", "x `datasets.map`"]))
+    peer = encoded[PEER].core
+    for what, rate in encoded.items():
+        print(rate.cells(what, peer))
+    for what, (rate, peak) in prepared.items():
+        print(rate.cells(what, peer, f", peak {peak:.0f} MiB"))
+    for workers, rate in delivered.items():
+        what = f"read, context {CONTEXT}, batch {BATCH}, {workers} workers"
+        print(row([what, f"{rate / 1e6:.1f}M tokens/s", ""]))
 
 
 if __name__ == "__main__":
