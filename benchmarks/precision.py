@@ -1,15 +1,15 @@
 """Training in bfloat16 beside float32: the loss over the same steps of the same text, and speed.
 
-    python benchmarks/precision.py [--config configs/quickstart.py] [--steps 300] [--source SOURCE] [--out curves.csv]
+    python benchmarks/precision.py [--config configs/quickstart.py] [--steps 300] [--source SOURCE] [--seed 0]
 
-Three runs: float32, bfloat16 from the same weights over the same batches, and float32 of another seed, which draws other weights
-and another order of the records. A row is the mean training loss over a window of steps; what bfloat16 changes is to be read
-beside what the seed changes, which is the noise floor. Steps a second count from the third step on; what a CPU makes of bfloat16
-says nothing about a GPU.
+Four runs: float32; bfloat16 from the same weights over the same batches; float32 from other weights over the same batches; float32
+from other weights over other batches. A row is the mean training loss over a window of steps. What bfloat16 changes is to be read
+beside what the weights' seed changes on the same text; another text moves the loss of a window for reasons of its own. Steps a
+second count from the third step on; what a CPU makes of bfloat16 says nothing about a GPU. `--out FILE` keeps the curves as CSV.
 
-The config is the quickstart's, on a GPU configs/pretrain.py with batches of 8 and --steps as the length of its schedule; the
-text is the standard library's unless a source is given. Records are prepared where there are none; they are read here in an
-order of this program's own, so that prepared records are all that it needs of data. Takes about five minutes on two cores.
+The config is the quickstart's, on a GPU configs/pretrain.py with batches of 8 and --steps as the length of its schedule; the text
+is the standard library's unless a source is given. Records are prepared where there are none; they are read here in an order of
+this program's own, so that prepared records are all that it needs of data. Takes about seven minutes on two cores.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def base_config(args: argparse.Namespace) -> TrainConfig:
     """The config that the runs share."""
     on_gpu = jax.default_backend() == "gpu"
     config = config_lib.load(args.config or ROOT / "configs" / ("pretrain.py" if on_gpu else "quickstart.py"))
-    changes: dict = {"steps": args.steps}
+    changes: dict = {"steps": args.steps, "seed": args.seed}
     if args.source or not args.config:
         changes["data.source"] = args.source or "stdlib:sources"
     if on_gpu and not args.config:
@@ -64,13 +64,13 @@ def batches(split: records.Split, batch_size: int, seed: int) -> Iterator[dict[s
             yield split.batch(numbers[first : first + batch_size])
 
 
-def train(config: TrainConfig, opened: records.Records) -> tuple[np.ndarray, float]:
-    """The loss of each step, and steps a second after the first ones."""
+def train(config: TrainConfig, opened: records.Records, order: int) -> tuple[np.ndarray, float]:
+    """The loss of each step, and steps a second after the first ones. `order` is the seed of the batches."""
     mesh = one_device()
     current = state.create(config, mesh)
     run = step.make_train_step(config, state.build_model(config), optim.make(config), opened.end_token)
     run = jax.jit(run, donate_argnums=0)
-    rows, losses = batches(opened.split("train"), config.data.batch_size, config.seed), []
+    rows, losses = batches(opened.split("train"), config.data.batch_size, order), []
     with sharding.use(mesh):
         for n in range(config.steps):
             if n == WARM_UP:
@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", help="(default: configs/quickstart.py, on a GPU configs/pretrain.py)")
     parser.add_argument("--source", help="as data.source (default: the standard library, or that of --config)")
     parser.add_argument("--steps", type=int, default=300, help="of each run, at least 3 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches; the others are the next (default: 0)")
     parser.add_argument("--windows", type=int, default=6, help="rows of the table (default: %(default)s)")
     parser.add_argument("--out", help="CSV file for the loss of each step")
     args = parser.parse_args(argv)
@@ -117,22 +118,28 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"give more than {WARM_UP} steps, and no more windows than steps")
     base = base_config(args)
     opened = open_records(base)
-    on_gpu, seed = jax.default_backend() == "gpu", base.seed
+    on_gpu = jax.default_backend() == "gpu"
     print(machine("jax", "flax", device=jax.devices()[0].device_kind if on_gpu else ""))
     print(f"{base.name}, {base.data.source}, {base.data.batch_size} sequences of {base.data.context} tokens a step")
     print(f"float32 matrix products: {multiplication()}\n", flush=True)
-    runs = {"float32": {"precision": "float32"}, "bfloat16": {"precision": "bfloat16"}}
-    runs["float32, another seed"] = {"precision": "float32", "seed": seed + 1}
+    seed = args.seed
+    runs = {  # precision, seeds of the weights and of the batches
+        "float32": ("float32", seed, seed),
+        "bfloat16": ("bfloat16", seed, seed),
+        "other weights": ("float32", seed + 1, seed),
+        "other weights and text": ("float32", seed + 1, seed + 1),
+    }
     curves, rates = {}, {}
-    for name, changes in runs.items():
-        curves[name], rates[name] = train(config_lib.override(base, changes), opened)
+    for name, (precision, weights, order) in runs.items():
+        config = config_lib.override(base, {"precision": precision, "seed": weights})
+        curves[name], rates[name] = train(config, opened, order)
     check_finite(curves)
-    print(header(["steps", *curves, "bfloat16 - float32", "another seed - float32"]))
+    print(header(["steps", *curves, *(f"{name} - float32" for name in list(curves)[1:])]))
     for window in np.array_split(np.arange(args.steps), args.windows):
-        full, half, other = (float(curve[window].mean()) for curve in curves.values())
-        means = [f"{mean:.4f}" for mean in (full, half, other)]
-        print(row([f"{window[0] + 1} to {window[-1] + 1}", *means, f"{half - full:+.4f}", f"{other - full:+.4f}"]))
-    speeds = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        means = [float(curve[window].mean()) for curve in curves.values()]
+        cells = [f"{mean:.4f}" for mean in means] + [f"{mean - means[0]:+.4f}" for mean in means[1:]]
+        print(row([f"{window[0] + 1} to {window[-1] + 1}", *cells]))
+    speeds = ", ".join(f"{name} {rates[name]:.2f}" for name in ("float32", "bfloat16"))
     print(f"\nSteps a second: {speeds}." + ("" if on_gpu else " On a CPU bfloat16's speed says nothing about a GPU."))
     if args.out:
         write_curves(args.out, curves)
