@@ -40,6 +40,14 @@ def zipf_tokens(config: TrainConfig, batches: int) -> np.ndarray:
     return np.random.default_rng(0).choice(config.model.vocab_size, shape, p=frequency / frequency.sum()).astype(np.int32)
 
 
+def one_device():
+    """A mesh of the first device alone, so that a figure means the same on a machine with several."""
+    import jax  # not at the top: what measures data alone needs no JAX
+
+    axes = ("data", "fsdp", "expert")
+    return jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
 def row(cells: Iterable[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 

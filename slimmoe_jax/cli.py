@@ -10,8 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import tyro
-
 from slimmoe_jax import config as config_lib
 from slimmoe_jax import validation
 from slimmoe_jax.config import InputError, TrainConfig
@@ -41,12 +39,17 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(130)
 
 
-def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, default: object = tyro.MISSING):
+def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, default: object, append: bool = False):
     """Fills the dataclass `cls` from flags over `default`. Prints help and exits 0 on `--help`.
 
+    Args:
+      append: a tuple's flag takes one value, and is given again for each further one.
     Raises:
       InputError: an unknown flag, or a value of the wrong type; the message names the flag.
     """
+    import tyro  # here, so that what a command does can be imported where no command line is read
+
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands) + (tyro.conf.UseAppendAction,) * append
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -56,7 +59,7 @@ def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, defaul
                 prog=f"python -m slimmoe_jax.{prog}",
                 description=description,
                 default=default,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+                config=markers,
             )
     except SystemExit as stop:
         if not stop.code:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import struct
 
 from slimmoe_jax import checkpoint, cli, sampling, sharding, state
@@ -258,7 +257,7 @@ def sample_text(
 @dataclasses.dataclass(frozen=True)
 class GenerateArgs:
     checkpoint: str = ""  # folder of a run (its newest weights), RUN/STEP or RUN/best
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text to continue; give --prompt again for a batch
+    prompt: tuple[str, ...] = ()  # text to continue; give --prompt again for a batch
     tokens: int = 100  # most new tokens, a prompt or a reply
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # sample from so many likeliest tokens; 0: off
@@ -281,7 +280,7 @@ def write(text: str) -> None:
 def main(argv: Sequence[str]) -> int:
     chatting = "--chat" in argv
     args = cli.parse(
-        GenerateArgs, [word for word in argv if word != "--chat"], prog="generate", default=GenerateArgs(),
+        GenerateArgs, [word for word in argv if word != "--chat"], prog="generate", default=GenerateArgs(), append=True,
         description="Continues a prompt, or several as a batch. With --chat, answers the lines of standard input in turn.",
     )  # fmt: skip
     settings = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
