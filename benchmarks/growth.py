@@ -7,8 +7,8 @@ one whole training step (forward, backward, clipping, AdamW) on random tokens, i
 steps to warm up, and each "x" is the ratio to the row before. The values of a size take turns, step by step, so that a busy spell
 of the machine meets all of them.
 
-- time, beside `metrics.train_flops_per_token` times tokens: attention counted whole (palm) where the kernel computes the full
-  square, half (causal) where it is a flash kernel;
+- time, beside `metrics.train_flops_per_token` times tokens: of attention's square the share that the kernel computes, half (causal)
+  for a flash kernel, somewhat more for blocks of queries;
 - memory, the compiler's temporaries and arguments (parameters, moments, batch), beside the sum of `metrics.memory_estimate`; on
   a GPU also the device's own peak, for which each row runs in a process of its own, one after another;
 - compile: tracing and compiling, without a cache.
@@ -33,7 +33,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from common import header, machine, one_device, row, spread  # noqa: E402
 
-from slimmoe_jax import attention, metrics, optim, sharding, state, step  # noqa: E402
+from slimmoe_jax import attention, blockwise, metrics, optim, sharding, state, step  # noqa: E402
 from slimmoe_jax import config as config_lib  # noqa: E402
 from slimmoe_jax.config import DataConfig, ModelConfig, RouterConfig, TrainConfig  # noqa: E402
 
@@ -71,9 +71,13 @@ def sized(base: TrainConfig, axis: str, value: int) -> TrainConfig:
 
 def step_flops(config: TrainConfig) -> float:
     """FLOPs of a training step as the attention kernel in use computes it."""
-    whole_square = attention.resolve_kernel(config.model, np.dtype(config.precision)) == "xla"
-    flops = metrics.train_flops_per_token(config.model, config.data.context)["palm" if whole_square else "causal"]
-    return flops * config.data.batch_size * config.data.context
+    length, flops = config.data.context, metrics.train_flops_per_token(config.model, config.data.context)
+    half = flops["palm"] - flops["causal"]  # of attention's square
+    if attention.resolve_kernel(config.model, np.dtype(config.precision)) == "cudnn":
+        share = 0.5
+    else:
+        share = sum((end - first) * end for first, end in blockwise.blocks(length)) / length**2
+    return (flops["causal"] - half + 2 * half * share) * config.data.batch_size * length
 
 
 def step_memory(config: TrainConfig) -> float:

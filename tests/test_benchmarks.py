@@ -71,12 +71,13 @@ def test_growth_predicts_time_as_computed_by_hand(load, monkeypatch):
     head = 4_096 * 128
     layer = 2 * 128 * 128 + 2 * 128 * 2 * 32 + 128 * 4 + 2 * (2 * 128 * 256)
     square = 12 * 128 * 256
+    blocks = square * (1 + 2 + 3 + 4) / 16  # of it, four blocks of queries compute so much
     tokens = 4 * 256
     for layers in (2, 4):
-        expected = tokens * (6 * (head + layers * layer) + layers * square)
+        expected = tokens * (6 * (head + layers * layer) + layers * blocks)
         assert growth.step_flops(growth.sized(base, "layers", layers)) == expected
-    ratio = (6 * (head + 4 * layer) + 4 * square) / (6 * (head + 2 * layer) + 2 * square)
-    assert ratio == pytest.approx(1.4844, abs=1e-4)
+    ratio = (6 * (head + 4 * layer) + 4 * blocks) / (6 * (head + 2 * layer) + 2 * blocks)
+    assert ratio == pytest.approx(1.4582, abs=1e-4)
     assert growth.step_flops(growth.sized(base, "batch", 8)) == 2 * growth.step_flops(base)
     assert growth.step_flops(growth.sized(base, "experts", 8)) == growth.step_flops(base) + tokens * 6 * 4 * (128 * 4)  # routers
     monkeypatch.setattr(growth.attention, "resolve_kernel", lambda *_: "cudnn")  # half the square
@@ -90,7 +91,7 @@ def test_growth_predicts_memory_as_computed_by_hand(load):
     parameters = 2 * 4_096 * 128 + 4 * (2 * 128 * 128 + 2 * 128 * 2 * 32 + 128 * 4 + 4 * 2 * 128 * 256) + 128 * (2 * 4 + 1)
     fixed = 16 * parameters + 2 * 4 * 4_096 * 128  # weights, gradient, two moments; the head's gradient in a tile
     assert (two - fixed) * 2 == four - fixed  # all else goes with the tokens
-    assert four / two == pytest.approx(1.5462, abs=1e-4)
+    assert four / two == pytest.approx(1.5212, abs=1e-4)
 
 
 def test_growth_starts_at_half_and_doubles(load):
