@@ -90,8 +90,10 @@ def memory_estimate(config: TrainConfig, devices: int = 1) -> dict[str, float]:
     d, heads = model.width, model.heads * model.head_dim
     kv = 2 * model.head_dim * sum(model.layer_kv_heads) / model.layers
     slots = min(model.experts, model.capacity_factor * model.router.max_experts) if model.is_moe else 1
-    hidden = (3 if model.gated else 2) * model.expert_hidden  # before and after the activation
-    layer = 6 * d + 3 * heads + kv + slots * (2 * d + hidden)
+    hidden = (2 if model.gated else 1) * model.expert_hidden  # before the activation
+    choices = model.router.max_experts if model.is_moe else 0  # outputs that the gates weigh
+    # Kept of a layer: the residual stream twice, both norms, attention's output; queries and what attention made of them.
+    layer = 5 * d + 2 * heads + kv + slots * hidden + choices * d
     flash = config.precision == "bfloat16" and model.attention != "xla"
     block = max(end - first for first, end in blockwise.blocks(config.data.context))
     queries = tokens * block / config.data.context  # of a block, in all sequences
