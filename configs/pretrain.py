@@ -28,8 +28,8 @@ def get_config() -> TrainConfig:
             learning_rate=6e-4,  # the usual peak for models of GPT-2's size
             warmup_steps=800,  # 1% of the steps, 52e6 tokens
             schedule="cosine",
-            # In halves an estimated 30 GiB in float32, for one more forward pass. For 32 sequences at once XLA plans 64 GiB, which an
-            # 80 GB card should hold: --optim.accumulate 1. In bfloat16, 27 to 29 GiB: --precision bfloat16 --optim.accumulate 1.
+            # In halves an estimated 30 GiB in float32, for one more forward pass. For 32 sequences at once XLA plans 64 GiB, which
+            # an 80 GB card should hold: --optim.accumulate 1. In bfloat16, 29 GiB: --precision bfloat16 --optim.accumulate 1.
             accumulate=2,
         ),
         checkpoint=CheckpointConfig(every=1_000),  # 65.5e6 tokens, about 2 hours on the card's A100
