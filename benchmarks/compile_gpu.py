@@ -3,7 +3,7 @@
     pip install -e ".[cuda12]"                                            # no GPU and no driver is needed
     python benchmarks/compile_gpu.py [--batches 32] [--attention cudnn xla] [--dispatch capacity grouped] [--dropout 0 0.1]
 
-The 250M's step in bfloat16 is compiled for one H100 (80 GB). Memory is what the compiler plans for the step's arguments, results
+The 250M's step is compiled for one H100 (80 GB). Memory is what the compiler plans for the step's arguments, results
 and temporaries; a running process also has what libraries and other programs keep. Kernels are not tuned, as that takes a GPU.
 """
 
@@ -84,11 +84,12 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["cudnn", "xla"], choices=("cudnn", "xla"))
     parser.add_argument("--dispatch", nargs="+", default=["capacity"])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"), help="float32 is for --attention xla")
     parser.add_argument("--layers", type=int, default=16)
     args = parser.parse_args()
     libraries_found()
     mesh = target()
-    print(f"{machine('jax', 'jaxlib')}; compiled for {mesh.devices.flat[0].device_kind}, {args.layers} layers, bfloat16\n")
+    print(f"{machine('jax', 'jaxlib')}; compiled for {mesh.devices.flat[0].device_kind}, {args.layers} layers, {args.precision}\n")
     print(
         header(
             [
@@ -107,7 +108,7 @@ def main() -> None:
     base = config_lib.load(ROOT / "configs" / "pretrain.py")
     for batch, kernel, dispatch, dropout in itertools.product(args.batches, args.attention, args.dispatch, args.dropout):
         changes = {"data.batch_size": batch, "model.dispatch": dispatch, "model.dropout": dropout, "model.layers": args.layers}
-        config = config_lib.override(base, changes | {"precision": "bfloat16", "optim.accumulate": 1})
+        config = config_lib.override(base, changes | {"precision": args.precision, "optim.accumulate": 1})
         started = time.perf_counter()
         compiled = compile_step(config, kernel, mesh)
         seconds = time.perf_counter() - started

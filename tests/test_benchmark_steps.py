@@ -1,6 +1,7 @@
 """The benchmarks of the training step: that they time the model they name, and that their tables hold together."""
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -98,6 +99,24 @@ def test_a_side_with_another_loss_stops_the_comparison(benchmark):
     for side, loss in ((peer.Side("torch", False, "dense"), 5.02), (peer.Side("mixtral"), float("nan"))):
         with pytest.raises(SystemExit, match="the oracle's 5.00000; there is no table"):
             bench._check(side, loss)
+
+
+def test_attention_kernels_that_differ_are_not_timed(benchmark):
+    attention = benchmark("attention")
+    size = (1, 64, 4, 2, 8)
+    arguments = attention.inputs(size, np.float32)
+    results = {name: attention.compiled(kernel, arguments)(*arguments) for name, kernel in attention.kernels(on_gpu=False).items()}
+    attention.check(results, 1e-4)
+    query, key, value = results["JAX's XLA"]
+    results["JAX's XLA"] = query, key + 0.01, value
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        attention.check(results, 1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="JAX's CUDA plugin is here")
+def test_compiling_for_a_gpu_says_what_it_lacks():
+    done = run("compile_gpu.py")
+    assert done.returncode == 1 and "pip install -e '.[cuda12]'" in done.stderr
 
 
 def test_the_comparison_takes_turns_and_prints_ratios_of_them(benchmark):
