@@ -67,6 +67,7 @@ class Row:
     dense: bool = False  # the model with as many FLOPs and one expert
     records: str = ""
     xla_flags: str = ""
+    returns_memory: bool = False  # without `host.keep_freed_memory`
 
     @property
     def config(self) -> TrainConfig:
@@ -120,14 +121,14 @@ def measure(spec: Row, steps: int, warmup: int, group: int, breakdown: bool) -> 
     return {
         "tokens_per_second": rate,
         "milliseconds": [1e3 * seconds for seconds in times],
-        "mfu": {name: rate * value / peak.flops / jax.device_count() for name, value in flops.items()},
+        "flops_per_second": {name: rate * value / jax.device_count() for name, value in flops.items()},
         "peak_bytes": peak_bytes(jax),
         "compile_seconds": seconds,
         "parts": shares,
         "chosen": f"{attention.resolve_kernel(config.model, jax.numpy.dtype(config.precision))} attention,"
         f" {experts.resolve_dispatch(config.model, train=True)} experts",
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "peak": peak.name,
+        "peak": {"flops": peak.flops, "name": peak.name},
     }
 
 
@@ -221,6 +222,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
         found += [dataclasses.replace(base, dense=True)] if args.dense else []
         found += [dataclasses.replace(base, records=str(Path(args.records).absolute()))] if args.records else []
         found += [dataclasses.replace(base, xla_flags=flags) for flags in args.xla_flags]
+        found += [dataclasses.replace(base, returns_memory=True)] if args.return_memory else []
     return list(dict.fromkeys(found))
 
 
@@ -249,10 +251,12 @@ def label(spec: Row) -> str:
     words += ["dense, as many FLOPs"] if spec.dense else []
     words += ["remat"] if spec.remat else []
     words += ["records"] if spec.records else []
+    words += ["freed memory returned"] if spec.returns_memory else []
     return ", ".join([*words, spec.xla_flags] if spec.xla_flags else words)
 
 
-def cells(spec: Row, result: dict) -> list[str]:
+def cells(spec: Row, result: dict, peak: float) -> list[str]:
+    """What the table shows; MFU is of `peak`, FLOP/s, the same for all rows (a CPU's is measured, and not twice the same)."""
     times = result["milliseconds"]
     compile_seconds = result["compile_seconds"]
     return [
@@ -260,7 +264,7 @@ def cells(spec: Row, result: dict) -> list[str]:
         result["chosen"],
         f"{result['tokens_per_second']:,.0f}",
         f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})",
-        f"{result['mfu']['causal']:.1%} / {result['mfu']['palm']:.1%}",
+        " / ".join(f"{result['flops_per_second'][name] / peak:.1%}" for name in ("causal", "palm")),
         f"{result['peak_bytes'] / 2**30:.2f}",
         f"{compile_seconds['cold']:.1f} / {compile_seconds['cached']:.1f}",
     ]
@@ -284,30 +288,33 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="beside each, the dense model of as many FLOPs")
     parser.add_argument("--records", default="", help="beside each, the same on batches read from this folder of prepared records")
     parser.add_argument("--xla-flags", nargs="+", default=[], help="beside each, the same with these flags, one set after another")
+    parser.add_argument("--return-memory", action="store_true", help="on a CPU, beside each, the same without keeping freed memory")
     parser.add_argument("--breakdown", action="store_true", help="shares of the parts, from a profile")
     for name, default in (("steps", 50 if gpu else 20), ("warmup", 20 if gpu else 5), ("group", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     args = parser.parse_args()
-    printed = False
+    peak = None
     for spec in rows(args):
         result = run_row(spec, args)
         if result is None:
             continue
-        if not printed:
+        if peak is None:
+            peak = result["peak"]
             print(machine("jax", "flax", device=result["device"] if gpu else ""))
-            print(f"{args.size}, context {spec.config.data.context}, {args.steps} steps; MFU of {result['peak']}\n")
+            print(f"{args.size}, context {spec.config.data.context}, {args.steps} steps; MFU of {peak['name']}\n")
             names = ["what", "chosen", "tokens/s", "step, ms", "MFU causal / PaLM", "peak, GiB", "compile cold / cached, s"]
             print(header(names + [part for part, _ in PARTS if args.breakdown]))
-            printed = True
-        print(row(cells(spec, result) + [f"{share:.1%}" for share in result["parts"].values()]), flush=True)
-    if not printed:
+        print(row(cells(spec, result, peak["flops"]) + [f"{share:.1%}" for share in result["parts"].values()]), flush=True)
+    if peak is None:
         raise SystemExit("no row ran")
 
 
 def run_spec() -> None:
     spec = json.loads(os.environ[SPEC])
-    host.keep_freed_memory()  # as training does
-    print(json.dumps(measure(Row(**spec.pop("row")), **spec)), flush=True)
+    which = Row(**spec.pop("row"))
+    if not which.returns_memory:
+        host.keep_freed_memory()  # as training does
+    print(json.dumps(measure(which, **spec)), flush=True)
 
 
 if __name__ == "__main__":
