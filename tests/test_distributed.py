@@ -174,7 +174,9 @@ def test_any_process_may_be_asked_to_stop_and_one_goes_on_alone(folder, number):
 @pytest.mark.slow
 def test_a_hung_collective_ends_with_the_stacks(folder):
     """A process that is stopped, not dead: the other waits for it in a collective, until its watchdog ends it."""
-    started = start(folder, 2, "--workdir", "hung", "--steps", "400", "--watchdog", "10", "--eval.every", "0")
+    flags = ("--workdir", "hung", "--eval.every", "0")
+    train(folder, 2, *flags, "--steps", "2")  # compiles, which may take longer than the watchdog waits
+    started = start(folder, 2, *flags, "--steps", "400", "--watchdog", "20")
     wait_for_steps(folder / "hung", 4, started)
     started[1].send_signal(signal.SIGSTOP)
     at = time.monotonic()
@@ -183,8 +185,8 @@ def test_a_hung_collective_ends_with_the_stacks(folder):
     started[1].kill()
     started[1].communicate()
     assert started[0].returncode == 1
-    assert "Timeout (0:00:10)" in said and "train.py" in said
-    ended(start(folder, 2, "--workdir", "hung", "--steps", len(losses(folder / "hung")) + 2))
+    assert "Timeout (0:00:20)" in said and "train.py" in said
+    train(folder, 1, *flags, "--steps", len(losses(folder / "hung")) + 2)
 
 
 @pytest.mark.slow
