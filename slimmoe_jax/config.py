@@ -16,6 +16,7 @@ import math
 import re
 import typing
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 
@@ -202,6 +203,20 @@ def load(path: str | Path) -> TrainConfig:
         return from_json(_read_json(path), str(path))
     if path.suffix != ".py":
         raise InputError(f"{path} is not a config: give a Python file with get_config(), or a run's config.json")
+    return run_file(path, TrainConfig)[0]
+
+
+def run_file(path: str | Path, cls: type) -> tuple[Any, ModuleType]:
+    """What `get_config()` of a Python file returns, an instance of `cls`, and the file as a module.
+
+    Raises:
+      InputError: the file is missing or fails, or returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no config at {path}: give a Python file with get_config()")
+    if path.suffix != ".py":
+        raise InputError(f"{path} is not a config: give a Python file with get_config()")
     spec = importlib.util.spec_from_file_location(f"slimmoe_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -211,9 +226,9 @@ def load(path: str | Path) -> TrainConfig:
         raise
     except Exception as error:
         raise InputError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from error
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"{path}: get_config() returned {type(config).__name__}: it must return a TrainConfig")
-    return config
+    if not isinstance(config, cls):
+        raise InputError(f"{path}: get_config() returned {type(config).__name__}: it must return a {cls.__name__}")
+    return config, module
 
 
 def _read_json(path: Path) -> dict:
