@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
             batch_size=4,
             validation_fraction=0.02,
         ),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=32, final_fraction=0.0),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=32, final_fraction=0.0),
         checkpoint=CheckpointConfig(every=80, keep_last=4, keep_best=False),
         eval=EvalConfig(every=0, batches=100, sample_tokens=0),
     )
