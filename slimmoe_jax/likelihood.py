@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slimmoe_jax import distributed, sharding
-from slimmoe_jax.model import SlimMoE
+from slimmoe_jax.model import Output, SlimMoE
 from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.routing import RouterState
 
@@ -88,23 +88,27 @@ def padded(pairs: Sequence[Pair], rows: int) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames="model")
 def score_batch(model: SlimMoE, params: Any, router: RouterState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The log-likelihood [B] float32 and greedy [B] bool of a batch of `padded`, whose width is a multiple of WIDTH_MULTIPLE.
+    """The log-likelihood [B] float32 and greedy [B] bool of a batch of `padded`, whose width is a multiple of WIDTH_MULTIPLE."""
+    out = model.apply({"params": params}, batch["tokens"], router)
+    log_likelihood, greedy = by_token(out, batch["targets"])
+    return (log_likelihood * batch["weights"]).sum(axis=1), (greedy | (batch["weights"] == 0)).all(axis=1)
+
+
+def by_token(out: Output, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each target's log-likelihood [B, S] float32, and whether it is the likeliest token in its place, [B, S] bool.
 
     Tiles run along the sequence, as in `losses.token_nll`, so that no device holds the logits of all its tokens; here the likeliest
-    token is wanted from the same logits as well.
+    token is wanted from the same logits as well. S is a multiple of WIDTH_MULTIPLE.
     """
-    out = model.apply({"params": params}, batch["tokens"], router)
 
-    def tile(xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets, weights = xs
+    def tile(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, wanted = xs
         logits = jnp.einsum("BSD,DV->BSV", hidden, out.head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        log_likelihood = (chosen - jax.nn.logsumexp(logits, axis=-1)) * weights
-        greedy = (logits.argmax(axis=-1) == targets) | (weights == 0)
-        return log_likelihood.sum(axis=1), greedy.all(axis=1)
+        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == wanted
 
-    sums, greedy = jax.lax.map(tile, tuple(_tiles(x) for x in (out.hidden, batch["targets"], batch["weights"])))
-    return sums.sum(axis=0), greedy.all(axis=0)
+    tiles = jax.lax.map(tile, (_tiles(out.hidden), _tiles(targets)))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in tiles)
 
 
 def _tiles(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,18 @@ def _measured_peak(dtype: jnp.dtype, size: int = 1024) -> float:
         multiply(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def peak_memory() -> int | None:
+    """Bytes held at most so far: on this process's first device, or, where that is the CPU, by the process. None where unknown."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if sys.platform not in ("linux", "darwin"):
+        return None
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
 class JsonlWriter:

@@ -32,6 +32,7 @@ class Output:
     hidden: jax.Array  # [B, S, D] after the last norm
     head: jax.Array  # [D, V]
     stats: RoutingStats | None  # stacked [N, ...]; None for a dense model
+    chosen: jax.Array | None  # [N, B, S, E] bool, the experts of each token; None for a dense model
     cache: KVCache | None
 
     def logits(self) -> jax.Array:
@@ -49,8 +50,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, threshold: jax.Array, bias: jax.Array, valid: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, RoutingStats | None]:
-        """[B, S, D] -> [B, S, D] and the layer's routing statistics."""
+    ) -> tuple[jax.Array, RoutingStats | None, jax.Array | None]:
+        """[B, S, D] -> [B, S, D], the layer's routing statistics, and who was chosen, [B, S, E]."""
         c = self.config
         if c.is_moe:
             # The router works in float32 at full precision: a rounded score flips choices.
@@ -65,9 +66,9 @@ class FeedForward(nn.Module):
         dropout = Dropout(c.dropout, train).draw()
         y, dropped = experts.apply_experts(x, gates, mask, self._weights(), method=self.method, config=c, dropout=dropout)
         if not c.is_moe:
-            return y, None
+            return y, None, None
         counted = dropped if valid is None else dropped & valid[..., None]
-        return y, routed.stats.replace(dropped=counted.sum(dtype=jnp.float32))
+        return y, routed.stats.replace(dropped=counted.sum(dtype=jnp.float32)), mask
 
     def _weights(self) -> ExpertWeights:
         c = self.config
@@ -99,17 +100,17 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, state: RouterState, positions: jax.Array, mask: jax.Array | None, valid: jax.Array | None,
         cached: tuple[jax.Array, jax.Array] | None, start: jax.Array | int,
-    ) -> tuple[jax.Array, RoutingStats | None, tuple[jax.Array, jax.Array]]:  # fmt: skip
+    ) -> tuple[jax.Array, RoutingStats | None, jax.Array | None, tuple[jax.Array, jax.Array]]:  # fmt: skip
         c = self.config
         dropout = Dropout(c.dropout, self.train)
         y, keys_values = attention.Attention(
             c, c.layer_kv_heads[self.layer], c.layer_rotary[self.layer], self.kernel, self.dtype, name="attention"
         )(RMSNorm(c.norm_epsilon, name="attention_norm")(x), positions, mask, cached, start)
         x = x + dropout(y)
-        y, stats = FeedForward(c, self.method, self.dtype, name="experts")(
+        y, stats, chosen = FeedForward(c, self.method, self.dtype, name="experts")(
             RMSNorm(c.norm_epsilon, name="experts_norm")(x), state.threshold, state.bias[self.layer], valid, self.train
         )
-        return nn.with_logical_constraint(x + dropout(y), ("batch", None, None)), stats, keys_values
+        return nn.with_logical_constraint(x + dropout(y), ("batch", None, None)), stats, chosen, keys_values
 
 
 class SlimMoE(nn.Module):
@@ -164,14 +165,15 @@ class SlimMoE(nn.Module):
         block = nn.remat(Block) if self.remat and train else Block
         kernel = attention.resolve_kernel(c, self.dtype)
         method = experts.resolve_dispatch(c, train)
-        all_stats, keys, values = [], [], []
+        all_stats, all_chosen, keys, values = [], [], [], []
         for layer in range(c.layers):
             cached = None if cache is None else (cache.keys[layer], cache.values[layer])
             start = 0 if cache is None else cache.length
-            x, stats, (k, v) = block(c, layer, kernel, method, self.dtype, train, name=f"layer_{layer}")(
+            x, stats, chosen, (k, v) = block(c, layer, kernel, method, self.dtype, train, name=f"layer_{layer}")(
                 x, state, jnp.maximum(positions, 0), mask, valid, cached, start
             )
             all_stats.append(stats)
+            all_chosen.append(chosen)
             keys.append(k)
             values.append(v)
         if cache is not None:
@@ -180,6 +182,7 @@ class SlimMoE(nn.Module):
             hidden=RMSNorm(c.norm_epsilon, name="final_norm")(x),
             head=head.astype(self.dtype),
             stats=jax.tree.map(lambda *layers: jnp.stack(layers), *all_stats) if c.is_moe else None,
+            chosen=jnp.stack(all_chosen) if c.is_moe else None,
             cache=cache,
         )
 

@@ -342,6 +342,7 @@ class Log:
         achieved = rate / jax.device_count() / self._peak.flops
         row = {"step": number} | values | {"tokens_per_second": rate}
         row |= {"mfu": self._flops["causal"] * achieved, "mfu_palm": self._flops["palm"] * achieved}
+        row |= {"peak_memory_bytes": metrics.peak_memory()}
         if hold:
             self._held = row
         elif self._writer:

@@ -1,4 +1,4 @@
-"""What the ablation studies vary: a SlimMoE of 2.5M parameters, small enough for a processor.
+"""What the ablation studies vary: a SlimMoE of 2.1M parameters, small enough for a processor.
 
     python -m slimmoe_jax.train --config configs/ablations/base.py
 
@@ -12,10 +12,10 @@ from slimmoe_jax.config import CheckpointConfig, DataConfig, EvalConfig, ModelCo
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="ablation_base",
-        steps=320,  # x 4 sequences x 256 tokens = 0.33M tokens
+        steps=480,  # x 4 sequences x 256 tokens = 0.49M tokens
         log_every=4,
         model=ModelConfig(
-            vocab_size=2_048,
+            vocab_size=512,
             layers=8,
             width=128,
             heads=4,
@@ -28,12 +28,12 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             source="stdlib:sources",
             tokenizer="sentencepiece",
-            train_tokenizer=2_048,
+            train_tokenizer=512,
             context=256,
             batch_size=4,
             validation_fraction=0.02,
         ),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=32, final_fraction=0.0),
-        checkpoint=CheckpointConfig(every=80, keep_last=4, keep_best=False),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=48, final_fraction=0.0),
+        checkpoint=CheckpointConfig(every=120, keep_last=4, keep_best=False),
         eval=EvalConfig(every=0, batches=100, sample_tokens=0),
     )
