@@ -297,6 +297,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     return found
 
 
+def get(config: Any, dotted: str) -> Any:
+    """The field of that dotted name."""
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
 def override(config: Any, values: dict[str, Any]) -> Any:
     """A copy with some fields replaced: `override(config, {"model.layers": 2})`.
 

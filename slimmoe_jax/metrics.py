@@ -121,14 +121,21 @@ class Peak:
 
 def device_peak(precision: str) -> Peak:
     """The peak of this process's kind of device: a data sheet's, or a measured matrix product where none is known."""
-    kind = jax.devices()[0].device_kind
+    known = known_peak(jax.devices()[0].device_kind, precision)
+    if known:
+        return known
+    flops = _measured_peak(jnp.dtype(precision))
+    return Peak(flops, f"{flops / 1e9:.0f} GFLOP/s, {precision} matrix product measured on this {jax.default_backend()}")
+
+
+def known_peak(kind: str, precision: str) -> Peak | None:
+    """The data sheet's peak of a kind of device, None where it is not known."""
     for name, (bfloat16, float32) in PEAKS.items():
         if kind.startswith(name):
             flops = bfloat16 if precision == "bfloat16" else float32
             label = "bfloat16" if precision == "bfloat16" else "float32 (TF32 where it has it)"
             return Peak(flops, f"{flops / 1e12:.0f} TFLOP/s, {name} {label}, dense")
-    flops = _measured_peak(jnp.dtype(precision))
-    return Peak(flops, f"{flops / 1e9:.0f} GFLOP/s, {precision} matrix product measured on this {jax.default_backend()}")
+    return None
 
 
 def _measured_peak(dtype: jnp.dtype, size: int = 1024) -> float:
@@ -183,6 +190,22 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def last_row(path: str | Path) -> dict[str, Any] | None:
+    """The newest complete row of a metrics file that may be being written; None where there is none. Reads its end alone."""
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None
 
 
 def to_python(value: Any) -> Any:

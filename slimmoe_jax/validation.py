@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrainConfig, mixed
+from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrainConfig, get, mixed
 
 
 def validate(config: TrainConfig) -> None:
@@ -148,19 +148,13 @@ def _validate_optim(config: TrainConfig) -> None:
         )
 
 
-def _get(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = getattr(config, part)
-    return config
-
-
 def _positive(config: Any, *names: str, prefix: str = "") -> None:
     for name in names:
-        if not _get(config, name) > 0:
-            raise InputError(f"{prefix}{name} = {_get(config, name)}: must be above 0")
+        if not get(config, name) > 0:
+            raise InputError(f"{prefix}{name} = {get(config, name)}: must be above 0")
 
 
 def _at_least_zero(config: Any, *names: str, prefix: str = "") -> None:
     for name in names:
-        if not _get(config, name) >= 0:
-            raise InputError(f"{prefix}{name} = {_get(config, name)}: must be 0 or more")
+        if not get(config, name) >= 0:
+            raise InputError(f"{prefix}{name} = {get(config, name)}: must be 0 or more")

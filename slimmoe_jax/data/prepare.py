@@ -11,9 +11,7 @@ the number of workers or on interruptions.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -36,6 +34,7 @@ from slimmoe_jax.data import packing, records, tokenizers, units
 from slimmoe_jax.data import sources as sources_lib
 from slimmoe_jax.data.sources import Interrupted, Source
 from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
+from slimmoe_jax.locking import locked
 from slimmoe_jax.progress import Meter, short
 
 _NAMED = 5  # bad rows and ignored files that are named
@@ -78,7 +77,7 @@ def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, An
     resumed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder, f"another process is preparing {folder}: wait for it, or give another --out"):
             try:
                 manifest = _prepare(data, source, settings, folder, workers or _cores())
             except InputError as error:
@@ -94,22 +93,6 @@ def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, An
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second `prepare` out of the folder. The lock goes with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is preparing {folder}: wait for it, or give another --out") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def _prepare(data: DataConfig, source: Source, settings: dict[str, Any], folder: Path, workers: int) -> dict[str, Any]:

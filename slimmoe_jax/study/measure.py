@@ -87,6 +87,7 @@ def training(directory: Path, config: TrainConfig) -> dict[str, Any]:
         "validation_loss": evaluated[-1]["validation_loss"],
         "bits_per_byte": evaluated[-1]["validation_bits_per_byte"],
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
+        "seconds": float(curve(directory, config)["seconds"][-1]),
         "peak_memory_bytes": max((row.get("peak_memory_bytes") or 0 for row in rows), default=0) or None,
         "spike_score": rows[-1].get("spike_score"),
         "skipped": sum(bool(row.get("skipped")) for row in rows),  # of the steps that the log has
@@ -99,14 +100,20 @@ def training(directory: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def curve(directory: Path, config: TrainConfig) -> dict[str, np.ndarray]:
-    """Training loss by step, tokens, FLOPs and seconds, from the log; the first stretch, which compiles, counts at the median rate."""
+    """Training loss by step, tokens, FLOPs and seconds, from the log; its first stretch, which compiles, at the median rate."""
     rows = [row for row in metrics.read_jsonl(directory / "metrics.jsonl") if row.get("loss") is not None]
     steps, rates = np.array([row["step"] for row in rows]), np.array([row["tokens_per_second"] for row in rows])
     tokens = steps * config.data.batch_size * config.data.context
     rates[0] = np.median(rates)
     flops = metrics.train_flops_per_token(config.model, config.data.context)["causal"]
     seconds = np.cumsum(np.diff(tokens, prepend=0) / rates)
-    return {"step": steps, "loss": np.array([r["loss"] for r in rows]), "tokens": tokens, "flops": tokens * flops, "seconds": seconds}
+    return {
+        "step": steps,
+        "loss": np.array([r["loss"] for r in rows]),
+        "tokens": tokens,
+        "flops": tokens * flops,
+        "seconds": seconds,
+    }
 
 
 # --- what is asked of the model --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Copying and needles are made of random frequent tokens, so that nothing but the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -142,7 +142,7 @@ def frequency_bins(counts: np.ndarray, bins: int = 8) -> tuple[list[float], np.n
 
 
 def saturation(chosen: np.ndarray, final: np.ndarray) -> np.ndarray:
-    """Share of the final choices that were made already, [N] (OLMoE, arXiv 2409.02060, equation 6, for a varying number of experts).
+    """Share of the final choices that were made already, [N] (router saturation of OLMoE, arXiv 2409.02060).
 
     Args:
       chosen, final: [N, tokens, E] bool, of an earlier checkpoint and of the last one.

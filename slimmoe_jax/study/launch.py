@@ -1,0 +1,162 @@
+"""Runs the arms of a study: as processes of this machine, or as jobs of SLURM through submitit.
+
+Both are polled: `Job.poll` gives None while a job waits or runs, and its exit code when it is over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from slimmoe_jax import metrics
+from slimmoe_jax.config import InputError
+
+Command = Sequence[str]
+
+
+class Job(Protocol):
+    def poll(self) -> int | None: ...
+
+    def stop(self) -> None: ...
+
+
+def arm_command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "slimmoe_jax.study.arm", "--folder", str(folder)]
+
+
+class Processes:
+    """Processes of this machine, `slots` at a time, each with its share of the GPUs or, where there is none, of the cores.
+
+    A core to each of several arms is faster in all than all cores to one after the other, since small models use several badly.
+    """
+
+    def __init__(self, slots: int):
+        self._gpus = _gpus()
+        if self._gpus and slots > len(self._gpus):
+            raise InputError(f"--jobs {slots}: this machine shows {len(self._gpus)} GPUs: give at most that many")
+        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._slots: list[_Process | None] = [None] * max(1, slots)
+
+    def free(self) -> bool:
+        return any(job is None or job.poll() is not None for job in self._slots)
+
+    def start(self, command: Command, log: Path) -> Job:
+        slot = next(n for n, job in enumerate(self._slots) if job is None or job.poll() is not None)
+        environment, prepare = os.environ.copy(), None
+        mine = slice(slot, None, len(self._slots))
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[mine])
+        elif len(self._slots) > 1 and self._cores[mine]:
+            cores = self._cores[mine]
+            prepare = lambda: os.sched_setaffinity(0, cores)  # noqa: E731
+        job = self._slots[slot] = _Process(command, log, environment, prepare)
+        return job
+
+
+class _Process:
+    def __init__(self, command: Command, log: Path, environment: dict[str, str], prepare: Callable[[], None] | None):
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                preexec_fn=prepare,
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Asks the training to save and end, and waits for it."""
+        if self.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+
+class Submitted:
+    """Jobs of SLURM, or of submitit's own executor for this machine, all handed in at once.
+
+    Args:
+      cluster: `slurm` or `local`.
+      parameters: SLURM's, as submitit names them, such as slurm_partition.
+    """
+
+    def __init__(self, cluster: str, folder: Path, parameters: dict[str, Any]):
+        try:
+            import submitit
+        except ImportError as error:
+            raise InputError("--launcher slurm needs submitit, which is missing: pip install submitit") from error
+        if cluster == "slurm" and not shutil.which("sbatch"):
+            raise InputError(
+                "--launcher slurm: there is no sbatch here: start it on a node that submits jobs, or use --launcher local"
+            )
+        self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        self._executor.update_parameters(**parameters)
+
+    def free(self) -> bool:
+        return True
+
+    def start(self, command: Command, log: Path) -> Job:
+        return _Submitted(self._executor.submit(_run_to_log, list(command), str(log)))
+
+
+class _Submitted:
+    def __init__(self, job: Any):
+        self._job = job
+
+    def poll(self) -> int | None:
+        if not self._job.done():
+            return None
+        try:
+            return self._job.result()
+        except Exception:  # noqa: BLE001  # whatever became of it, it is over, and its log says why
+            return 1
+
+    def stop(self) -> None:
+        """Leaves the job to the cluster: the study may be watched again later."""
+
+
+def _run_to_log(command: list[str], log: str) -> int:
+    with open(log, "ab") as out:
+        return subprocess.run(command, stdout=out, stderr=out, check=False).returncode
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; found without starting a driver."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not shutil.which("nvidia-smi"):
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return [str(n) for n, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
+
+
+def peak(precision: str) -> metrics.Peak:
+    """The peak of a device of this machine. A GPU's comes from its name: asking JAX would take its memory from the arms."""
+    if not _gpus():
+        return metrics.device_peak(precision)
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return metrics.known_peak(subprocess.run(query, capture_output=True, text=True, check=False).stdout, precision)
+
+
+def parameters(words: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` words as submitit's parameters; whole numbers become such.
+
+    Raises:
+      InputError: a word is not KEY=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise InputError(f"--slurm {word}: write KEY=VALUE, such as slurm_partition=gpu")
+        found[key] = int(value) if value.isdigit() else value
+    return found

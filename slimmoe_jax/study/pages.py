@@ -1,0 +1,376 @@
+"""Writes a report: tables and figures in Markdown, and the same as one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import importlib.metadata
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import markdown
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from slimmoe_jax import config as config_lib
+from slimmoe_jax.progress import short
+from slimmoe_jax.study import design, figures, statistics
+from slimmoe_jax.study.design import Study
+from slimmoe_jax.study.figures import Line, Shown
+
+MOST_LINES = 8  # in one panel; a study of more arms has a panel for each axis
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } code { font-size: 13px; background: #f4f4f4; padding: .1rem .25rem; }
+pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; } pre code { padding: 0; }
+"""
+
+
+class Page:
+    """Collects Markdown and figures, and writes both forms."""
+
+    def __init__(self, title: str, out: Path):
+        self._title, self._out, self._parts = title, out, [f"# {title}"]
+
+    def text(self, *paragraphs: str) -> None:
+        self._parts += paragraphs
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        self._parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+    def figure(self, name: str, caption: str, figure: Figure | None) -> None:
+        """Writes figures/NAME.png; nothing where there is no figure."""
+        if figure is None:
+            return
+        folder = self._out / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        plt.close(figure)
+        self._parts.append(f"![{caption}](figures/{name}.png)")
+        self._parts.append(f"*{caption}*")
+
+    def write(self, name: str = "report") -> Path:
+        """Writes NAME.md and NAME.html; returns the latter's path."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        text = "\n\n".join(self._parts) + "\n"
+        (self._out / f"{name}.md").write_text(text)
+        body = markdown.markdown(text, extensions=["tables", "fenced_code"])
+        body = re.sub(r'src="(figures/[^"]+)"', lambda match: f'src="{self._embedded(match[1])}"', body)
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{self._title}</title>'
+        html = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+        path = self._out / f"{name}.html"
+        path.write_text(html)
+        return path
+
+    def _embedded(self, name: str) -> str:
+        return "data:image/png;base64," + base64.b64encode((self._out / name).read_bytes()).decode()
+
+
+# --- one study -------------------------------------------------------------------------------------------------------
+
+
+def study_report(study: Study, results: Sequence[Mapping[str, Any]], failed: Sequence[tuple[str, int]], out: Path) -> Path:
+    """Writes OUT/report.md and report.html.
+
+    Args:
+      results: of each finished arm and seed, as `result.json` has them, with their "folder".
+      failed: arm and seed of those that failed.
+    """
+    arms = [arm for arm in design.arms(study) if any(result["arm"] == arm.name for result in results)]
+    shown = {arm.name: [_shown(result) for result in results if result["arm"] == arm.name] for arm in arms}
+    losses = values(results, "validation_loss")
+    page = Page(f"Study: {study.name}", out)
+    page.text(*_hypothesis(study.hypothesis))
+    page.text("## What can be said", *_claims(study, losses))
+    page.text(_provenance(shown, study, failed))
+    page.text("## Arms", f"Means over seeds with their 95% interval. {_difference_note(arms[0].name)}")
+    page.table(*_arm_table(losses, shown))
+    page.figure("differences", "Validation loss against the reference.", _difference_figure(losses, arms[0].name))
+    if design.is_factorial(study):
+        page.text("## Effects", _EFFECTS)
+        page.table(*_effects_table(study, losses))
+    _figures(page, _panels_of(study, shown), shown)
+    page.text("## Probes", _PROBES)
+    page.table(*_probe_table(shown))
+    return page.write()
+
+
+def values(results: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[int, float]]:
+    """A figure of all runs: arm -> seed -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        if result.get(name) is not None:
+            found.setdefault(result["arm"], {})[result["seed"]] = result[name]
+    return found
+
+
+_EFFECTS = (
+    "Analysis of variance with seeds as blocks. An effect is a departure from what the smaller terms make of it, in nats a token:"
+    " below zero is better. p is for the whole term."
+)
+_PROBES = (
+    "Worth is in nats a token: how much likelier the model holds tokens that its context gives away than the same tokens where"
+    " nothing does; 0 is a model that makes nothing of its context. *Within* is inside the trained length, *beyond* outside of it."
+    " Specialisation: what a choice of expert tells of the token's class, as a share of the class's entropy."
+)
+
+
+def _shown(result: Mapping[str, Any]) -> Shown:
+    directory = Path(result["folder"])
+    return Shown(result, config_lib.load(directory / "config.json"), directory)
+
+
+def _hypothesis(text: str) -> list[str]:
+    """The docstring's paragraphs; its indented ones, commands, stay as they are."""
+    return [part if part.startswith("    ") else " ".join(part.split()) for part in text.split("\n\n")]
+
+
+def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequence[tuple[str, int]]) -> str:
+    first = next(iter(shown.values()))[0]
+    config, result = first.config, first.result
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("slimmoe_jax", "jax", "flax"))
+    counts = sorted(len(runs) for runs in shown.values())
+    seeds = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    line = (
+        f"{len(shown)} arms, {seeds} seed(s) each; {short(result['tokens'])} tokens a run, {config.data.batch_size} sequences of"
+        f" {config.data.context} a step, from {Path(config.data.source).name}; {result['device']}; {versions}, Python"
+        f" {platform.python_version()}; {datetime.date.today().isoformat()}."
+    )
+    asked = len(design.arms(study)) * len(study.seeds)
+    done = sum(counts)
+    if done < asked:
+        named = f": failed were {', '.join(f'{arm} (seed {seed})' for arm, seed in failed)}" if failed else ""
+        line += f" {asked - done} of {asked} runs are missing{named}."
+    return line
+
+
+def _claims(study: Study, losses: statistics.Values) -> list[str]:
+    """What is beyond the noise, in sentences; and what the noise is."""
+    reference = next(iter(losses))
+    found, pooled = statistics.differences(losses, reference), statistics.noise(losses)
+    if not pooled.freedom:
+        spread = statistics.interval(list(losses[reference].values()))
+        if spread.number > 1:
+            deviation = spread.half / statistics.t_quantile(spread.number - 1) * math.sqrt(spread.number)
+            return [
+                f"Noise: the validation loss of {spread.number} seeds has a standard deviation of {deviation:.4f} nats a token"
+                f" (mean {spread.mean:.4f}, interval {spread.low:.4f} to {spread.high:.4f})."
+            ]
+        return ["Nothing beyond noise can be told: that takes two arms or more with two seeds or more."]
+    seeds = max(difference.estimate.number for difference in found)
+    lines = [
+        f"Noise floor: {pooled.floor(seeds):.4f} nats a token for one comparison of {seeds} paired seeds,"
+        f" {pooled.floor(seeds, len(found)):.4f} with all {len(found)} comparisons counted (standard deviation of one run's"
+        f" {pooled.deviation:.4f}, {pooled.freedom} degrees of freedom). Differences below it are not called differences."
+    ]
+    beyond = sorted((d for d in found if d.beyond_noise), key=lambda d: d.estimate.mean)
+    within = [d.arm for d in found if not d.beyond_noise]
+    bullets = [f"- **{d.arm}** is {_better(d.estimate.mean)} than {reference} by {_amount(d.estimate)}." for d in beyond]
+    if within:
+        bullets.append(f"- Not told apart from {reference}: {', '.join(within)}.")
+    lines.append("\n".join(bullets))
+    if design.is_factorial(study):
+        lines += _factorial_claims(_terms(study, losses))
+    return lines
+
+
+def _factorial_claims(terms: Sequence[statistics.Term]) -> list[str]:
+    if not terms:
+        return ["The effects of the axes need every arm with the same seeds, two or more."]
+    alpha = (1 - statistics.LEVEL) / len(terms)
+    said, silent = [], []
+    for term in terms:
+        name = " x ".join(term.axes)
+        if not term.p < alpha:
+            silent.append(name)
+            continue
+        best, worst = (pick(term.effects, key=term.effects.get) for pick in (min, max))
+        words = f"from {'/'.join(best)} ({term.effects[best]:+.4f}) to {'/'.join(worst)} ({term.effects[worst]:+.4f})"
+        said.append(f"- {'The interaction' if len(term.axes) > 1 else 'The effect'} of **{name}** is beyond noise: {words}.")
+    if silent:
+        said.append(f"- No effect beyond noise: {', '.join(silent)}.")
+    return [f"Of the axes, {len(terms)} terms looked at, each at p < {alpha:.4f}:", "\n".join(said)]
+
+
+def _better(difference: float) -> str:
+    return "better" if difference < 0 else "worse"
+
+
+def _amount(estimate: statistics.Estimate) -> str:
+    low, high = sorted((abs(estimate.low), abs(estimate.high)))
+    return f"{abs(estimate.mean):.4f} nats a token (95%: {low:.4f} to {high:.4f})"
+
+
+def _difference_note(reference: str) -> str:
+    return f"Differences are to {reference}, paired by seed, with the interval of the pooled noise; bold: beyond the noise floor."
+
+
+def _difference_figure(losses: statistics.Values, reference: str) -> Figure | None:
+    return figures.differences(statistics.differences(losses, reference), reference, "validation loss, nats a token")
+
+
+def _arm_table(losses: statistics.Values, shown: Mapping[str, Sequence[Shown]]) -> tuple[list[str], list[list[str]]]:
+    header = ["arm", "validation loss", "difference", "bits a byte", "parameters", "active", "FLOPs a token", "KV bytes a token"]
+    header += ["tokens/s", "peak memory", "MaxVio", "experts a token", "spikes"]
+    reference = next(iter(losses))
+    found = {d.arm: d for d in statistics.differences(losses, reference)}
+    rows = []
+    for arm, runs in shown.items():
+        mean = lambda name, of=runs: _mean([run.result.get(name) for run in of])  # noqa: E731
+        first = runs[0].result
+        rows.append([
+            arm,
+            _estimate(statistics.interval(list(losses[arm].values())), ".4f"),
+            _difference(found.get(arm)),
+            f"{mean('bits_per_byte'):.4f}",
+            short(first["parameters"]),
+            short(first["active_parameters"]),
+            short(first["flops_per_token"]),
+            f"{first['kv_bytes_per_token']:,}",
+            short(mean("tokens_per_second")),
+            _or_dash(mean("peak_memory_bytes"), lambda b: f"{b / 2**30:.2f} GiB"),
+            _or_dash(mean("max_violation"), lambda v: f"{v:.2f}"),
+            _or_dash(mean("experts_per_token"), lambda v: f"{v:.2f}"),
+            _or_dash(mean("spike_score"), lambda v: f"{v:.2%}"),
+        ])  # fmt: skip
+    return header, rows
+
+
+def _effects_table(study: Study, losses: statistics.Values) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for term in _terms(study, losses):
+        largest = sorted(term.effects.items(), key=lambda item: item[1])
+        if len(largest) > 6:
+            largest = largest[:3] + largest[-3:]
+        effects = ", ".join(f"{'/'.join(levels)} {effect:+.4f}" for levels, effect in largest)
+        rows.append([" x ".join(term.axes), str(term.freedom), f"{term.f:.2f}", f"{term.p:.2g}", f"{term.half:.4f}", effects])
+    return ["term", "freedom", "F", "p", "± of an effect", "effects (of many, the outermost)"], rows
+
+
+def _terms(study: Study, losses: statistics.Values) -> list[statistics.Term]:
+    crossed = {axis: list(levels) for axis, levels in study.axes.items() if len(levels) > 1}
+    return statistics.factorial(losses, crossed, {arm.name: arm.levels for arm in design.arms(study)})
+
+
+def _panels_of(study: Study, shown: Mapping[str, Sequence[Shown]]) -> dict[str, list[Line]]:
+    """A panel of all arms, or, where those are many, one for each axis with the mean of all arms at each level."""
+    if len(shown) <= MOST_LINES:
+        return {"": [Line(arm, runs) for arm, runs in shown.items()]}
+    levels = {arm.name: arm.levels for arm in design.arms(study)}
+    panels = {}
+    for axis, names in study.axes.items():
+        lines = [
+            Line(name, [run for arm, runs in shown.items() if levels[arm][axis] == name for run in runs]) for name in names
+        ]  # fmt: skip
+        panels[axis] = [line for line in lines if line.runs]
+    return {axis: lines for axis, lines in panels.items() if len(lines) > 1}
+
+
+# --- runs side by side -----------------------------------------------------------------------------------------------
+
+
+def run_report(runs: Mapping[str, Shown], out: Path) -> Path:
+    """Writes OUT/report.md and report.html of one run or several."""
+    page = Page("Runs: " + ", ".join(runs) if len(runs) > 1 else f"Run: {next(iter(runs))}", out)
+    results = [dict(shown.result) | {"arm": name, "seed": shown.config.seed} for name, shown in runs.items()]
+    shown = {name: [run] for name, run in runs.items()}
+    if len(runs) > 1:
+        page.text("One run each: what is noise and what is not takes several seeds (`slimmoe_jax.ablate`).")
+    page.table(*_arm_table(values(results, "validation_loss"), shown))
+    changes = _changes(runs)
+    if changes:
+        page.text("What differs:")
+        page.table(["field", *runs], changes)
+    _figures(page, {"": [Line(name, of_run) for name, of_run in shown.items()]}, shown)
+    page.text("## Probes", _PROBES)
+    page.table(*_probe_table(shown))
+    return page.write()
+
+
+def _changes(runs: Mapping[str, Shown]) -> list[list[str]]:
+    """The fields in which the runs' configs differ, but for those that only name and place them."""
+    configs = [run.config for run in runs.values()]
+    names = dict.fromkeys(name for other in configs[1:] for name in config_lib.differences(configs[0], other))
+    rows = []
+    for name in names:
+        if name in ("name", "workdir"):
+            continue
+        rows.append([f"`{name}`", *(str(config_lib.get(config, name)) for config in configs)])
+    return rows
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _figures(page: Page, panels: Mapping[str, Sequence[Line]], shown: Mapping[str, Sequence[Shown]]) -> None:
+    first = next(iter(shown.values()))[0]
+    several = len(next(iter(panels.values()))) > 1
+    mean = " Lines are means over seeds" + (" and over the other axes" if len(panels) > 1 else "") + "." if several else ""
+    page.text("## Loss")
+    page.figure("loss_flops", f"Training loss against FLOPs, smoothed.{mean}", figures.loss_curves(panels, "flops"))
+    page.figure("loss_seconds", f"Training loss against seconds, smoothed.{mean}", figures.loss_curves(panels, "seconds"))
+    page.figure(
+        "loss_position", "Held-out loss by position, less its mean within the trained length (in brackets).",
+        figures.loss_by_position(panels),
+    )  # fmt: skip
+    if several:
+        lines = [Line(name, runs) for name, runs in shown.items()]
+        page.figure("loss_cache", "Validation loss against the size of the KV cache.", figures.loss_against_cache(lines))
+    page.text("## Routing")
+    label = next(iter(shown))
+    routed = next(((name, runs[0]) for name, runs in shown.items() if runs[0].config.model.is_moe), (label, first))
+    page.figure("load", f"Load of the experts by layer and step: {routed[0]}.", figures.load_maps(routed[1]))
+    page.figure("classes", f"Routing by class of token: {routed[0]}.", figures.class_maps(routed[1], "classes"))
+    page.figure("sources", f"Routing by source of the text: {routed[0]}.", figures.class_maps(routed[1], "by_source"))
+    page.figure("experts_frequency", "Experts a token by its frequency.", figures.experts_by_frequency(panels))
+    page.figure("saturation", "How early routing settles.", figures.saturation(panels))
+    page.text("## Recall")
+    page.figure("copying", "Copies of random passages.", figures.copying(panels))
+    page.figure("needles", "Needles in held-out text.", figures.needles(panels))
+
+
+def _probe_table(shown: Mapping[str, Sequence[Shown]]) -> tuple[list[str], list[list[str]]]:
+    header = ["arm", "loss at 1x", "1x to 2x", "2x to 4x", "copy within", "right", "copy beyond", "right"]
+    header += ["needle within", "right", "needle beyond", "right", "specialisation"]
+    names = ["loss_1x", "loss_2x", "loss_4x"]
+    names += [
+        f"{kind}_{where}{what}" for kind in ("copy", "needle") for where in ("within", "beyond") for what in ("", "_accuracy")
+    ]
+    rows = []
+    for arm, runs in shown.items():
+        cells = []
+        for name in [*names, "specialisation"]:
+            form = "{:.1%}" if name.endswith("accuracy") or name == "specialisation" else "{:.3f}"
+            cells.append(_or_dash(_mean([run.result.get(name) for run in runs]), form.format))
+        rows.append([arm, *cells])
+    return header, rows
+
+
+def _mean(found: Sequence[float | None]) -> float | None:
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _or_dash(value: float | None, form: Any) -> str:
+    return "–" if value is None else form(value)
+
+
+def _estimate(estimate: statistics.Estimate, form: str) -> str:
+    return f"{estimate.mean:{form}}" + ("" if math.isnan(estimate.half) else f" ± {estimate.half:{form}}")
+
+
+def _difference(found: statistics.Difference | None) -> str:
+    if found is None:
+        return "–"
+    text = f"{found.estimate.mean:+.4f}" + ("" if math.isnan(found.estimate.half) else f" ± {found.estimate.half:.4f}")
+    return f"**{text}**" if found.beyond_noise else text

@@ -1,0 +1,174 @@
+"""What seeds allow to be said: intervals, paired differences, the noise floor, and the effects of a factorial design.
+
+A figure of an arm and seed is modelled as arm + seed + noise. Seeds are blocks: all arms of a seed share their data order and what
+they can of their initial weights. The noise is what is left when arm and seed means are taken out, pooled over all arms: with few
+seeds each, the arms together say far more of it than any one of them. Intervals are two-sided, of 95%, by Student's t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+Values = Mapping[str, Mapping[int, float]]  # arm -> seed -> figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean and the half width of its interval; NaN where one figure alone gives none."""
+
+    mean: float
+    half: float
+    number: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+
+def t_quantile(freedom: int, comparisons: int = 1) -> float:
+    """How many standard errors an interval reaches to each side, with its level shared among comparisons (Bonferroni)."""
+    return float(stats.t.ppf(1 - (1 - LEVEL) / 2 / max(1, comparisons), freedom))
+
+
+def interval(values: Sequence[float]) -> Estimate:
+    """The mean of independent figures, with its interval."""
+    n = len(values)
+    half = math.nan
+    if n > 1:
+        half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(float(np.mean(values)), half, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """The noise of one figure."""
+
+    deviation: float  # standard deviation of an arm and seed's figure, both means taken out
+    freedom: int
+
+    def floor(self, seeds: int, comparisons: int = 1) -> float:
+        """The difference of two arms of so many paired seeds that noise alone exceeds in 5% of studies.
+
+        Args:
+          comparisons: how many differences of the study are looked at.
+        """
+        if not self.freedom:
+            return math.nan
+        return t_quantile(self.freedom, comparisons) * self.deviation * math.sqrt(2 / seeds)
+
+
+def noise(values: Values) -> Noise:
+    """The noise in a table of figures; arms that lack a seed are left out. NaN where fewer than two arms or seeds are left."""
+    table = _complete(values)
+    arms, seeds = table.shape if table.size else (0, 0)
+    freedom = (arms - 1) * (seeds - 1)
+    if freedom <= 0:
+        return Noise(math.nan, 0)
+    residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+    return Noise(math.sqrt(float((residuals**2).sum()) / freedom), freedom)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """An arm against the reference."""
+
+    arm: str
+    estimate: Estimate  # of the paired differences, with the pooled noise
+    floor: float  # with all comparisons of the study counted
+
+    @property
+    def beyond_noise(self) -> bool:
+        return abs(self.estimate.mean) > self.floor  # False where there is no floor
+
+
+def differences(values: Values, reference: str) -> list[Difference]:
+    """Every other arm minus the reference, over the seeds that both have; an arm without a common seed is left out."""
+    base, pooled, found = values.get(reference, {}), noise(values), []
+    others = [arm for arm in values if arm != reference and set(values[arm]) & set(base)]
+    for arm in others:
+        pairs = [values[arm][seed] - base[seed] for seed in sorted(set(values[arm]) & set(base))]
+        estimate = Estimate(float(np.mean(pairs)), pooled.floor(len(pairs)), len(pairs))
+        found.append(Difference(arm, estimate, pooled.floor(len(pairs), len(others))))
+    return found
+
+
+# --- factorial designs -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A main effect or an interaction."""
+
+    axes: tuple[str, ...]
+    freedom: int
+    f: float  # NaN where there is no noise to compare with
+    p: float
+    effects: dict[tuple[str, ...], float]  # levels -> departure from what the smaller terms make of it
+    half: float  # half width of each effect's interval
+
+
+def factorial(values: Values, levels: Mapping[str, Sequence[str]], arm_levels: Mapping[str, Mapping[str, str]]) -> list[Term]:
+    """Analysis of variance of a full factorial with seeds as blocks: a term for each set of axes, main effects first.
+
+    Args:
+      levels: axis -> its levels, two or more.
+      arm_levels: arm -> axis -> level.
+    Returns: nothing where an arm lacks a seed.
+    """
+    axes = list(levels)
+    table = _complete(values)
+    if table.size == 0 or len(table) < len(values) or len(values) != math.prod(len(names) for names in levels.values()):
+        return []
+    names = [arm for arm in values]
+    place = {tuple(arm_levels[arm][axis] for axis in axes): n for n, arm in enumerate(names)}
+    order = [place[combination] for combination in itertools.product(*levels.values())]
+    seeds = table.shape[1]
+    means = table.mean(axis=1)[order].reshape([len(names) for names in levels.values()])
+    pooled, found = noise(values), []
+    for size in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(range(len(axes)), size):
+            effect = _effect(means, chosen)
+            shape = [len(levels[axes[n]]) for n in chosen]
+            freedom = math.prod(k - 1 for k in shape)
+            repeats = means.size / math.prod(shape) * seeds  # figures behind each of the effect's entries
+            square = float((effect**2).sum()) * repeats / freedom
+            f = square / pooled.deviation**2 if pooled.freedom else math.nan
+            p = float(stats.f.sf(f, freedom, pooled.freedom)) if pooled.freedom else math.nan
+            # Variance of an entry: noise / repeats times the share of the degrees of freedom that the term has.
+            spread = pooled.deviation * math.sqrt(freedom / math.prod(shape) / repeats)
+            half = t_quantile(pooled.freedom) * spread if pooled.freedom else math.nan
+            entries = itertools.product(*(levels[axes[n]] for n in chosen))
+            found.append(
+                Term(tuple(axes[n] for n in chosen), freedom, f, p, dict(zip(entries, effect.ravel().tolist(), strict=True)), half)
+            )
+    return found
+
+
+def _effect(means: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:
+    """The cell means over `chosen` axes less all smaller terms, by inclusion and exclusion."""
+    effect = np.zeros([means.shape[n] for n in chosen])
+    for size in range(len(chosen) + 1):
+        for kept in itertools.combinations(chosen, size):
+            others = tuple(n for n in range(means.ndim) if n not in kept)
+            averaged = means.mean(axis=others, keepdims=True)
+            dropped = tuple(n for n in range(means.ndim) if n not in chosen)
+            effect = effect + (-1) ** (len(chosen) - size) * averaged.squeeze(axis=dropped)
+    return effect
+
+
+def _complete(values: Values) -> np.ndarray:
+    """[arms, seeds] of the arms that have all seeds that any has."""
+    seeds = sorted({seed for by_seed in values.values() for seed in by_seed})
+    rows = [[by_seed[seed] for seed in seeds] for by_seed in values.values() if all(seed in by_seed for seed in seeds)]
+    return np.array(rows, dtype=float)
