@@ -107,7 +107,7 @@ def _launcher(args: AblateArgs, out: Path) -> launch.Processes | launch.Submitte
 # --- what is to be done ----------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Task:
     """An arm with one seed."""
 

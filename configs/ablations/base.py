@@ -2,8 +2,9 @@
 
     python -m slimmoe_jax.train --config configs/ablations/base.py
 
-Eight layers have the schedules of the 250M in small: kv heads rich at both ends and single in the middle, every fourth layer without
-positions. The text is that of Python's own files, so that every study runs anywhere; `--base.data.source FILE` names better text.
+Eight layers have the schedules of the 250M in small: kv heads rich at both ends and single in the middle, every fourth layer
+without positions. The text is that of Python's own files, so that every study runs anywhere; `--base.data.source FILE` names
+better text.
 """
 
 from slimmoe_jax.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig

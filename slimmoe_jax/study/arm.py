@@ -44,7 +44,7 @@ def write_spec(folder: Path, arm: Arm, config: TrainConfig, effort: Effort) -> N
         "effort": dataclasses.asdict(effort),
     }
     path = folder / "arm.json"
-    if path.exists():
+    if path.exists() and (folder / "config.json").exists():  # something was trained
         old = config_lib.from_json(read_spec(folder)["config"], str(path))
         changed = {n: v for n, v in config_lib.differences(old, config).items() if n not in ("workdir", "compilation_cache")}
         if changed:

@@ -1,7 +1,7 @@
 """Figures of runs, alone or side by side. Each function returns a matplotlib figure, None where there is nothing to show.
 
-A panel is a title and lines; a line is a label and the runs that it is the mean of. Colours run from dark to light, with line styles
-and markers beside them, so that a figure printed in grey can be read.
+A panel is a title and lines; a line is a label and the runs that it is the mean of. Colours run from dark to light, with line
+styles and markers beside them, so that a figure printed in grey can be read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.ticker  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -61,7 +62,7 @@ def loss_curves(panels: Panels, against: str) -> Figure:
         loss = np.mean([_smooth(curve["loss"][:points]) for curve in curves], axis=0)
         place = np.mean([curve[against][:points] for curve in curves], axis=0)
         late = slice(points // 10, None)
-        axes.plot(place[late], loss[late], **style, marker="", label=f"{line.label} ({loss[-1]:.3f})")
+        axes.plot(place[late], loss[late], **style | {"marker": ""}, label=f"{line.label} ({loss[-1]:.3f})")
 
     return _panels(panels, draw, names[against], "training loss, nats a token")
 
@@ -77,7 +78,7 @@ def loss_by_position(panels: Panels) -> Figure | None:
         losses = np.mean([[row["loss"] for row in run.result["by_position"]] for run in line.runs], axis=0)
         places = [(row["first"] + row["last"]) / 2 + 1 for row in bins]
         within = float(np.mean([run.result["loss_1x"] for run in line.runs]))
-        axes.plot(places, losses - within, **style, markersize=3, label=f"{line.label} ({within:.3f})")
+        axes.plot(places, losses - within, **style | {"markersize": 3}, label=f"{line.label} ({within:.3f})")
 
     context = _first(panels).config.data.context
     figure = _panels(panels, draw, "position, tokens", "loss less the mean at 1x, nats a token")

@@ -5,11 +5,12 @@ Both are polled: `Job.poll` gives None while a job waits or runs, and its exit c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,19 +48,33 @@ class Processes:
 
     def start(self, command: Command, log: Path) -> Job:
         slot = next(n for n, job in enumerate(self._slots) if job is None or job.poll() is not None)
-        environment, prepare = os.environ.copy(), None
+        environment, cores = os.environ.copy(), self._cores
         mine = slice(slot, None, len(self._slots))
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[mine])
-        elif len(self._slots) > 1 and self._cores[mine]:
-            cores = self._cores[mine]
-            prepare = lambda: os.sched_setaffinity(0, cores)  # noqa: E731
-        job = self._slots[slot] = _Process(command, log, environment, prepare)
+        elif len(self._slots) > 1:
+            cores = self._cores[mine] or self._cores
+        with _on(cores):
+            job = self._slots[slot] = _Process(command, log, environment)
         return job
 
 
+@contextlib.contextmanager
+def _on(cores: Sequence[int]) -> Iterator[None]:
+    """Processes started within keep to these cores."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class _Process:
-    def __init__(self, command: Command, log: Path, environment: dict[str, str], prepare: Callable[[], None] | None):
+    def __init__(self, command: Command, log: Path, environment: dict[str, str]):
         with log.open("ab") as out:
             self._process = subprocess.Popen(
                 command,
@@ -67,7 +82,6 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                preexec_fn=prepare,
                 start_new_session=True,
             )
 
