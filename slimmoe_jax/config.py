@@ -97,6 +97,7 @@ class DataConfig:
     tokenizer: str = "gpt2"  # gpt2, a SentencePiece .model, sentencepiece (with train_tokenizer), inherit (of init_from)
     train_tokenizer: int = 0  # train a SentencePiece vocabulary of this many pieces on the source; 0: use `tokenizer`
     context: int = 2_048  # tokens a sequence
+    train_records: int = 0  # train on the first so many records of `source` alone, so that they are repeated; 0: on all
     batch_size: int = 32  # sequences a step, over all devices and accumulation
     validation_fraction: float = 0.005  # share of documents held out, chosen by a hash of their text
     min_characters: int = 8  # shorter documents are left out and counted

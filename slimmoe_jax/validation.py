@@ -101,7 +101,7 @@ def _validate_router(model: ModelConfig) -> None:
 
 def _validate_data(data: DataConfig) -> None:
     _positive(data, "context", "batch_size", prefix="data.")
-    _at_least_zero(data, "train_tokenizer", "min_characters", "workers", prefix="data.")
+    _at_least_zero(data, "train_tokenizer", "train_records", "min_characters", "workers", prefix="data.")
     if not 0 < data.validation_fraction < 1:
         raise InputError(f"data.validation_fraction = {data.validation_fraction}: give a fraction between 0 and 1, such as 0.005")
     mixed(data)

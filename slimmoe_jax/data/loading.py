@@ -7,7 +7,7 @@ import sys
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import DataConfig, InputError, ModelConfig
 from slimmoe_jax.data import prepare, tokenizers
-from slimmoe_jax.data.records import Mixture, Records, open_records
+from slimmoe_jax.data.records import Mixture, Records, Split, open_records
 
 # A local source up to this size is prepared on the way; a larger one is worth its own command.
 AUTO_PREPARE_BYTES = 2**30
@@ -21,7 +21,7 @@ def open_all(data: DataConfig, model: ModelConfig) -> tuple[Records, Mixture]:
     """
     _check_vocabulary(data, model)
     main = _open_or_prepare(data, model)
-    splits, weights = [main.split("train")], [1.0]
+    splits, weights = [_first(main, data.train_records)], [1.0]
     for weight, part in config_lib.mixed(data):
         records = _open_or_prepare(prepare.with_tokenizer(part, main.directory), model)
         if records.fingerprint != main.fingerprint:
@@ -32,6 +32,15 @@ def open_all(data: DataConfig, model: ModelConfig) -> tuple[Records, Mixture]:
         splits.append(records.split("train"))
         weights.append(weight)
     return main, Mixture(splits, weights)
+
+
+def _first(records: Records, number: int) -> Split:
+    train = records.split("train")
+    if number > len(train):
+        raise InputError(
+            f"data.train_records = {number}, but {records.directory} has {len(train)} records to train on: lower it, or give more"
+        )
+    return train.first(number) if number else train
 
 
 def _check_vocabulary(data: DataConfig, model: ModelConfig) -> None:

@@ -31,14 +31,19 @@ _EPOCHS = 1_000_000  # endless, within what Grain can count
 class Split:
     """The records of one split, in files that together are one long array."""
 
-    def __init__(self, directory: Path, entry: dict[str, Any], record_length: int, channels: Sequence[str]):
-        self._made_from = (directory, entry, record_length, channels)
+    def __init__(
+        self, directory: Path, entry: dict[str, Any], record_length: int, channels: Sequence[str], most: int | None = None
+    ):
+        """Opens the files; with `most`, only the first so many records are there."""
+        self._made_from = (directory, entry, record_length, channels, most)
         self.targets, self.bytes = int(entry["targets"]), int(entry["bytes"])
         self.packed = len(channels) > 1
         shape = (len(channels), record_length) if self.packed else (record_length,)
         self._channels = channels
         self._arrays = [_map_file(directory, file, shape) for file in entry["files"]]
         self._first = np.cumsum([0] + [len(array) for array in self._arrays])
+        if most is not None:
+            self._first = np.minimum(self._first, most)
 
     def __reduce__(self) -> tuple:
         return Split, self._made_from  # a reading process maps the files itself; the records are not sent to it
@@ -62,6 +67,10 @@ class Split:
         if not self.packed:
             return {"tokens": records}
         return {name: records[:, channel] for channel, name in enumerate(self._channels)}
+
+    def first(self, number: int) -> Split:
+        """The first so many records; `targets` and `bytes` stay those of the whole split."""
+        return Split(*self._made_from[:-1], number)
 
     @property
     def bytes_per_token(self) -> float:
