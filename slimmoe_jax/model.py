@@ -8,6 +8,7 @@ because they differ in kv heads and rotary fraction. Axis names are logical; `sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from slimmoe_jax.dropout import Dropout
 from slimmoe_jax.embedding import lookup
 from slimmoe_jax.experts import ExpertWeights
 from slimmoe_jax.norm import RMSNorm
-from slimmoe_jax.routing import RouterState, RoutingStats
+from slimmoe_jax.routing import RouterState, Routing, RoutingStats
 
 
 @struct.dataclass
@@ -46,6 +47,7 @@ class FeedForward(nn.Module):
     config: ModelConfig
     method: experts.Dispatch
     dtype: jnp.dtype = jnp.float32
+    route: Callable[..., Routing] = routing.route
 
     @nn.compact
     def __call__(
@@ -59,7 +61,7 @@ class FeedForward(nn.Module):
             router = self.param("router", init, (c.width, c.experts))
             with jax.named_scope("router"):
                 logits = jax.checkpoint(_router_logits)(x, router)  # keeps x as it is, not in float32
-                routed = routing.route(logits, c.router, threshold, bias, valid)
+                routed = self.route(logits, c.router, threshold, bias, valid)
             gates, mask = routed.gates, routed.mask
         else:
             gates, mask = jnp.ones((*x.shape[:2], 1), jnp.float32), jnp.ones((*x.shape[:2], 1), bool)
@@ -95,6 +97,8 @@ class Block(nn.Module):
     method: experts.Dispatch
     dtype: jnp.dtype
     train: bool
+    attention_type: type[attention.Attention]
+    route: Callable[..., Routing]
 
     @nn.compact
     def __call__(
@@ -103,11 +107,11 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, RoutingStats | None, jax.Array | None, tuple[jax.Array, jax.Array]]:  # fmt: skip
         c = self.config
         dropout = Dropout(c.dropout, self.train)
-        y, keys_values = attention.Attention(
+        y, keys_values = self.attention_type(
             c, c.layer_kv_heads[self.layer], c.layer_rotary[self.layer], self.kernel, self.dtype, name="attention"
         )(RMSNorm(c.norm_epsilon, name="attention_norm")(x), positions, mask, cached, start)
         x = x + dropout(y)
-        y, stats, chosen = FeedForward(c, self.method, self.dtype, name="experts")(
+        y, stats, chosen = FeedForward(c, self.method, self.dtype, self.route, name="experts")(
             RMSNorm(c.norm_epsilon, name="experts_norm")(x), state.threshold, state.bias[self.layer], valid, self.train
         )
         return nn.with_logical_constraint(x + dropout(y), ("batch", None, None)), stats, chosen, keys_values
@@ -120,11 +124,15 @@ class SlimMoE(nn.Module):
       config: the architecture.
       dtype: of the computation; parameters are float32 always. Norms, rotation, softmax and router stay in float32.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      attention_type: the attention of every layer; a subclass stands in for it.
+      route: the router, from scores to a `Routing`; a function with the signature of `routing.route` stands in for it.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    attention_type: type[attention.Attention] = attention.Attention
+    route: Callable[..., Routing] = routing.route
 
     @nn.compact
     def __call__(
@@ -169,7 +177,8 @@ class SlimMoE(nn.Module):
         for layer in range(c.layers):
             cached = None if cache is None else (cache.keys[layer], cache.values[layer])
             start = 0 if cache is None else cache.length
-            x, stats, chosen, (k, v) = block(c, layer, kernel, method, self.dtype, train, name=f"layer_{layer}")(
+            parts = (kernel, method, self.dtype, train, self.attention_type, self.route)
+            x, stats, chosen, (k, v) = block(c, layer, *parts, name=f"layer_{layer}")(
                 x, state, jnp.maximum(positions, 0), mask, valid, cached, start
             )
             all_stats.append(stats)

@@ -35,9 +35,9 @@ def build_model(config: TrainConfig) -> SlimMoE:
     return SlimMoE(config.model, dtype=jnp.dtype(config.precision), remat=config.remat)
 
 
-def _initial(config: TrainConfig) -> TrainState:
+def _initial(config: TrainConfig, model: SlimMoE | None) -> TrainState:
     params_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    params = model_lib.init(build_model(config), params_key)
+    params = model_lib.init(model or build_model(config), params_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -48,9 +48,9 @@ def _initial(config: TrainConfig) -> TrainState:
     )
 
 
-def abstract(config: TrainConfig, mesh: Mesh) -> TrainState:
+def abstract(config: TrainConfig, mesh: Mesh, model: SlimMoE | None = None) -> TrainState:
     """The state's shapes, types and shardings, without its values."""
-    boxed = jax.eval_shape(lambda: _initial(config))
+    boxed = jax.eval_shape(lambda: _initial(config, model))
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         nn.unbox(boxed),
@@ -58,8 +58,8 @@ def abstract(config: TrainConfig, mesh: Mesh) -> TrainState:
     )
 
 
-def create(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """A fresh state from the config's seed. No device ever holds more than its share."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(config, mesh))
+def create(config: TrainConfig, mesh: Mesh, model: SlimMoE | None = None) -> TrainState:
+    """A fresh state from the config's seed, of `model` in place of the config's if given. No device holds more than its share."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(config, mesh, model))
     with sharding.use(mesh):
-        return jax.jit(lambda: nn.unbox(_initial(config)), out_shardings=shardings)()
+        return jax.jit(lambda: nn.unbox(_initial(config, model)), out_shardings=shardings)()

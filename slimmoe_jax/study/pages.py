@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import html
 import importlib.metadata
 import math
 import platform
@@ -67,9 +68,9 @@ class Page:
         body = markdown.markdown(text, extensions=["tables", "fenced_code"])
         body = re.sub(r'src="(figures/[^"]+)"', lambda match: f'src="{self._embedded(match[1])}"', body)
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{self._title}</title>'
-        html = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+        whole = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
         path = self._out / f"{name}.html"
-        path.write_text(html)
+        path.write_text(whole)
         return path
 
     def _embedded(self, name: str) -> str:
@@ -132,7 +133,7 @@ def _shown(result: Mapping[str, Any]) -> Shown:
 
 def _hypothesis(text: str) -> list[str]:
     """The docstring's paragraphs; its indented ones, commands, stay as they are."""
-    return [part if part.startswith("    ") else " ".join(part.split()) for part in text.split("\n\n")]
+    return [part if part.startswith("    ") else html.escape(" ".join(part.split()), quote=False) for part in text.split("\n\n")]
 
 
 def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequence[tuple[str, int]]) -> str:

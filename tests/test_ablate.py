@@ -1,0 +1,237 @@
+"""A study of three arms, run by its command: one arm fails, all else is measured and written; stopped and started again."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from slimmoe_jax import ablate, metrics
+from slimmoe_jax.config import InputError
+from slimmoe_jax.study import design, launch
+
+STUDY = '''"""Whether one kv head does.
+
+    python -m slimmoe_jax.ablate --config study.py
+
+Hypothesis: it does <not> matter.
+"""
+
+from slimmoe_jax.config import *
+from slimmoe_jax.study.design import Study
+
+
+def get_config():
+    model = ModelConfig(
+        vocab_size=600, layers=1, width=16, heads=2, head_dim=8, kv_heads=(2,), rotary=(1.0,), expert_hidden=16, dropout=0.0
+    )
+    data = DataConfig(
+        source="stdlib", tokenizer="sentencepiece", train_tokenizer=600, context=32, batch_size=4, validation_fraction=0.02
+    )
+    base = TrainConfig(
+        steps=6, log_every=1, model=model, data=data, optim=OptimConfig(learning_rate=1e-2, warmup_steps=1, skip_limit=2),
+        checkpoint=CheckpointConfig(every=2, keep_last=3, keep_best=False), eval=EvalConfig(every=0, batches=2, sample_tokens=0),
+    )
+    axes = {"heads": {"mha": {}, "mqa": {"model.kv_heads": (1,)}, "absurd": {"optim.learning_rate": 1e30}}}
+    return Study(name="heads", base=base, axes=axes, seeds=(0, 1))
+'''
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "NO_COLOR": "1"}
+
+
+def command(folder, *flags):
+    return [sys.executable, "-m", "slimmoe_jax.ablate", "--config", str(folder / "study.py"), "--out", str(folder / "out"), *flags]
+
+
+def run(folder, *flags):
+    return subprocess.run(command(folder, *flags), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study.py").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(study):
+    return run(study, "--jobs", "2")
+
+
+def rows(study):
+    with (study / "out" / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(study):
+    before = sorted(study.rglob("*"))
+    done = run(study, "--dry-run", "--base.steps", "100")
+    assert done.returncode == 0, done.stderr
+    base = design.load(study / "study.py").base
+    tokens = 100 * 4 * 32
+    flops = sum(
+        2 * tokens * metrics.train_flops_per_token(arm.config(base, 0, "x").model, 32)["causal"]
+        for arm in design.arms(design.load(study / "study.py"))
+    )
+    assert "3 arms x 2 seeds = 6 runs, 0 finished" in done.stdout
+    assert f"{3 * 2 * tokens / 1000:.3g}k tokens and {flops / 1e9:.3g}GFLOPs" in done.stdout
+    assert "mqa     model.kv_heads = (1,)" in done.stdout and "(reference)" in done.stdout
+    assert sorted(study.rglob("*")) == before
+
+
+def test_a_failing_arm_is_named_and_the_rest_goes_on(study, finished):
+    assert finished.returncode == 1
+    assert finished.stderr.count("failed with exit code 2") == 2
+    assert re.search(r"failed: .*/absurd/seed_0/log.txt: error: 2 steps in a row", finished.stderr)
+    assert "4 of 6 runs finished" in finished.stdout
+    assert [(row["arm"], row["seed"]) for row in rows(study)] == [("mha", "0"), ("mqa", "0"), ("mha", "1"), ("mqa", "1")]
+
+
+def test_the_results_are_those_of_the_runs(study, finished):
+    for row in rows(study):
+        folder = study / "out" / "arms" / row["arm"] / f"seed_{row['seed']}"
+        logged = metrics.read_jsonl(folder / "metrics.jsonl")
+        assert float(row["validation_loss"]) == pytest.approx(logged[-1]["validation_loss"], rel=1e-5)
+        assert float(row["tokens"]) == 6 * 4 * 32
+        assert float(row["kv_bytes_per_token"]) == {"mha": 2, "mqa": 1}[row["arm"]] * 2 * 8 * 4
+        assert float(row["peak_memory_bytes"]) > 1e8  # of a process with JAX in it
+        assert 1 <= float(row["experts_per_token"]) <= 2
+
+
+def test_arms_of_a_seed_see_the_same_batches_from_the_same_weights(study, finished):
+    first = {}
+    for row in rows(study):
+        folder = study / "out" / "arms" / row["arm"] / f"seed_{row['seed']}"
+        first[row["arm"], row["seed"]] = metrics.read_jsonl(folder / "metrics.jsonl")[0]["loss"]
+    # Before the first update, arms differ by their kv heads alone: far less than seeds do.
+    assert abs(first["mha", "0"] - first["mqa", "0"]) < 0.2 * abs(first["mha", "0"] - first["mha", "1"])
+
+
+def test_the_report_needs_nothing_beside_it(study, finished):
+    html, text = ((study / "out" / name).read_text() for name in ("report.html", "report.md"))
+    assert html.count("data:image/png;base64,") == text.count("![") >= 9
+    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert "2 of 6 runs are missing: failed were absurd (seed 0), absurd (seed 1)" in text
+    assert "Hypothesis: it does &lt;not&gt; matter." in html
+    assert "Noise floor" in text and "| mqa |" in text
+    for name in re.findall(r"!\[[^]]*\]\((figures/[^)]+)\)", text):
+        assert (study / "out" / name).stat().st_size > 5_000
+
+
+def test_finished_arms_are_kept_and_a_seed_is_added(study, finished):
+    results = sorted((study / "out").glob("arms/m*/seed_*/result.json"))
+    times = [path.stat().st_mtime_ns for path in results]
+    done = run(study, "--seeds", "0", "1", "2", "--jobs", "2")
+    assert [path.stat().st_mtime_ns for path in results] == times
+    assert "9 runs, 4 finished" in done.stdout and "at the pace of the 4 finished runs" in done.stdout
+    assert {(row["arm"], row["seed"]) for row in rows(study)} == {(arm, seed) for arm in ("mha", "mqa") for seed in "012"}
+
+
+def test_another_base_is_refused(study, finished):
+    done = run(study, "--base.steps", "8")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "was made with steps = 6, not 8" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_study_saves_and_goes_on(study, tmp_path):
+    (tmp_path / "study.py").write_text(
+        STUDY.replace("steps=6", "steps=4000").replace('"absurd": {"optim.learning_rate": 1e30}', "")
+    )
+    flags = ("--seeds", "0", "--base.checkpoint.every", "100000")
+    process = subprocess.Popen(command(tmp_path, *flags), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "arms" / "mha" / "seed_0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (metrics.last_row(log) or {"step": 0})["step"] < 20:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "running arms save" in said
+    saved = [int(path.name) for path in (log.parent / "checkpoints").iterdir() if path.name.isdigit()]
+    assert len(saved) == 1 and 20 <= saved[0] < 4000
+    again = run(tmp_path, *flags, "--dry-run")
+    assert "0 finished" in again.stdout
+    # A shorter end, which a resumed run may have, so that the test ends.
+    spec = json.loads((log.parent / "arm.json").read_text())
+    spec["config"]["steps"] = saved[0] + 5
+    (log.parent / "arm.json").write_text(json.dumps(spec))
+    done = subprocess.run(launch.arm_command(log.parent), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"resuming {log.parent} from step {saved[0]}" in done.stderr
+    assert json.loads((log.parent / "result.json").read_text())["step"] == saved[0] + 5
+    steps = [row["step"] for row in metrics.read_jsonl(log)]
+    assert steps == list(range(1, saved[0] + 6))
+
+
+def test_a_second_process_keeps_out_of_an_arms_folder(study, finished):
+    import fcntl
+
+    folder = study / "out" / "arms" / "mha" / "seed_0"
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    done = subprocess.run(launch.arm_command(folder), cwd=study, env=ENVIRONMENT, capture_output=True, text=True)
+    os.close(handle)
+    assert done.returncode == 2 and "another process is at work" in done.stderr
+
+
+def test_submitit_runs_an_arm(study, finished, tmp_path):
+    pytest.importorskip("submitit")
+    launcher = launch.Submitted("local", tmp_path / "jobs", launch.parameters(["timeout_min=5"]))
+    code = "import sys; print('said'); sys.exit(3)"
+    job = launcher.start([sys.executable, "-c", code], tmp_path / "log.txt")
+    deadline = time.monotonic() + 60
+    while job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert job.poll() == 3 and (tmp_path / "log.txt").read_text() == "said\n"
+
+
+def test_processes_share_the_cores(tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    launcher = launch.Processes(2)
+    code = "import os, time; print(sorted(os.sched_getaffinity(0))); time.sleep(1)"
+    jobs = [launcher.start([sys.executable, "-c", code], tmp_path / f"{n}.txt") for n in range(2)]
+    assert not launcher.free()
+    while any(job.poll() is None for job in jobs):
+        time.sleep(0.05)
+    seen = [eval((tmp_path / f"{n}.txt").read_text()) for n in range(2)]
+    assert launcher.free() and sorted(os.sched_getaffinity(0)) == cores
+    assert seen == ([cores[0::2], cores[1::2]] if len(cores) > 1 else [cores, cores])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dry-run"], "--config is missing"),
+        (["--config"], "--config needs a file"),
+        (["--config", "configs/quickstart.py"], "must return a Study"),
+        (["--config", "configs/ablations/kv_schedules.py", "--jobs", "0"], "--jobs 0"),
+        (["--config", "configs/ablations/kv_schedules.py", "--base.model.heads", "3"], "arm uniform: model.kv_heads"),
+        (["--config", "configs/ablations/kv_schedules.py", "--seeds", "1", "1"], "each once"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, pytestconfig, monkeypatch):
+    monkeypatch.chdir(pytestconfig.rootpath)
+    with pytest.raises(InputError, match=re.escape(message)):
+        ablate.main(flags)
+
+
+def test_slurm_needs_its_commands_and_words():
+    pytest.importorskip("submitit")
+    assert launch.parameters(["slurm_partition=gpu", "timeout_min=240"]) == {"slurm_partition": "gpu", "timeout_min": 240}
+    with pytest.raises(InputError, match="write KEY=VALUE"):
+        launch.parameters(["gpu"])
+    with pytest.raises(InputError, match="no sbatch"):
+        launch.Submitted("slurm", "jobs", {})
+
+
+def test_figures_of_csv_are_finite(study, finished):
+    for row in rows(study):
+        values = [float(row[name]) for name in ablate.COLUMNS if row[name]]
+        assert len(values) == len(ablate.COLUMNS) and np.isfinite(values).all()
