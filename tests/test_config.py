@@ -10,7 +10,8 @@ from slimmoe_jax import cli, validation
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, ModelConfig, TrainConfig, override
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.py"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = [*sorted(FOLDER.glob("*.py")), FOLDER / "ablations" / "base.py"]  # the rest of which are studies
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

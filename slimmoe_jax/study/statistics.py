@@ -71,10 +71,9 @@ class Noise:
 def noise(values: Values) -> Noise:
     """The noise in a table of figures; arms that lack a seed are left out. NaN where fewer than two arms or seeds are left."""
     table = _complete(values)
-    arms, seeds = table.shape if table.size else (0, 0)
-    freedom = (arms - 1) * (seeds - 1)
-    if freedom <= 0:
+    if table.size == 0 or min(table.shape) < 2:
         return Noise(math.nan, 0)
+    freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
     residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
     return Noise(math.sqrt(float((residuals**2).sum()) / freedom), freedom)
 
