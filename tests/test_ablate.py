@@ -41,6 +41,7 @@ def get_config():
     axes = {"heads": {"mha": {}, "mqa": {"model.kv_heads": (1,)}, "absurd": {"optim.learning_rate": 1e30}}}
     return Study(name="heads", base=base, axes=axes, seeds=(0, 1))
 '''
+pytestmark = pytest.mark.slow  # a dozen processes
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "NO_COLOR": "1"}
 
 
@@ -139,7 +140,6 @@ def test_another_base_is_refused(study, finished):
     assert done.stderr.splitlines()[-1].startswith("error: ") and "was made with steps = 6, not 8" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_stopped_study_saves_and_goes_on(study, tmp_path):
     (tmp_path / "study.py").write_text(
         STUDY.replace("steps=6", "steps=4000").replace('"absurd": {"optim.learning_rate": 1e30}', "")
