@@ -79,16 +79,9 @@ def parse(argv: Sequence[str]) -> tuple[Study, AblateArgs]:
     Raises:
       InputError: names the flag, or the arm that cannot work.
     """
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    default = AblateArgs()
-    study = None
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise InputError("--config needs a file: a Python file with get_config() -> Study, such as those of configs/ablations")
-        study = design.load(argv[at + 1])
-        argv = argv[:at] + argv[at + 2 :]
-        default = AblateArgs(base=study.base, seeds=study.seeds)
+    path, argv = cli.take_config(argv)
+    study = design.load(path) if path is not None else None
+    default = AblateArgs(base=study.base, seeds=study.seeds) if study else AblateArgs()
     description = __doc__.splitlines()[0] + " Start from --config FILE, a study; --dry-run prints what it would take and stops."
     args = cli.parse(AblateArgs, argv, prog="ablate", description=description, default=default)
     if study is None:
@@ -154,7 +147,7 @@ def plan(study: Study, args: AblateArgs, tasks: Sequence[_Task]) -> str:
     """What the study would take, before anything is written or compiled."""
     left = [task for task in tasks if not task.done]
     flops = sum(design.train_flops(task.config) for task in left)
-    tokens = sum(task.config.steps * task.config.data.batch_size * task.config.data.context for task in left)
+    tokens = sum(metrics.train_tokens(task.config) for task in left)
     arms = design.arms(study)
     parameters = sorted({sum(metrics.parameter_counts(task.config.model).values()) for task in tasks})
     sizes = short(parameters[0]) + (f" to {short(parameters[-1])}" if len(parameters) > 1 else "")
@@ -191,6 +184,7 @@ class _Runner:
         self._to_do = len(self._waiting)
         self._running: dict[_Task, launch.Job] = {}
         self._failed: list[_Task] = []
+        self._losses = {task: task.result()["validation_loss"] for task in tasks if task.done}  # read once, shown often
         self._console = Console(stderr=True)
         self._started = time.monotonic()
 
@@ -228,7 +222,7 @@ class _Runner:
             name = f"{task.arm.name}, seed {task.config.seed}"
             over = len(self._tasks) - len(self._waiting) - len(self._running)
             if task.done:
-                loss = task.result()["validation_loss"]
+                loss = self._losses[task] = task.result()["validation_loss"]
                 self._note(f"{over}/{len(self._tasks)} {name}: validation loss {loss:.4f}{self._left()}")
             else:
                 self._failed.append(task)
@@ -254,8 +248,8 @@ class _Runner:
         return table
 
     def _cell(self, task: _Task) -> str:
-        if task.done:
-            return f"[green]{task.result()['validation_loss']:.4f}[/green]"
+        if task in self._losses:
+            return f"[green]{self._losses[task]:.4f}[/green]"
         if task in self._failed:
             return "[red]failed[/red]"
         return f"[yellow]{task.now()}[/yellow]" if task in self._running else "[dim]waiting[/dim]"

@@ -90,6 +90,12 @@ def _one_line(boxed: str) -> str:
 
 def split_config(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """Takes `--config FILE` (or `--config=FILE`) out of argv and loads it; the defaults stand where there is none."""
+    path, rest = take_config(argv)
+    return config_lib.load(path) if path is not None else TrainConfig(), rest
+
+
+def take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The FILE of `--config FILE` (or `--config=FILE`), None where there is none, and the other words."""
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         raise InputError(f"{argv[0]} stands where a flag is expected: a config goes after --config")
@@ -97,10 +103,10 @@ def split_config(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
         if word == "--config":
             if i + 1 == len(argv):
                 raise InputError("--config needs a file: a Python file with get_config(), or a run's config.json")
-            return config_lib.load(argv[i + 1]), argv[:i] + argv[i + 2 :]
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
         if word.startswith("--config="):
-            return config_lib.load(word.removeprefix("--config=")), argv[:i] + argv[i + 1 :]
-    return TrainConfig(), argv
+            return word.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+    return None, argv
 
 
 def train_config(argv: Sequence[str], *, prog: str, description: str) -> TrainConfig:

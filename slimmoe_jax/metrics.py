@@ -76,6 +76,11 @@ def train_flops_per_token(model: ModelConfig, context: int, experts: float | Non
     return {"causal": matrices + attention / 2, "palm": matrices + attention}
 
 
+def train_tokens(config: TrainConfig) -> int:
+    """Tokens of a whole training."""
+    return config.steps * config.data.batch_size * config.data.context
+
+
 def kv_cache_bytes_per_token(model: ModelConfig, itemsize: int = 4) -> dict[str, int]:
     """Bytes of keys and values a token, of this model and of the same one with a kv head for each query head."""
     one = 2 * model.head_dim * itemsize

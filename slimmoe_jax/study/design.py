@@ -114,5 +114,4 @@ def is_factorial(study: Study) -> bool:
 
 def train_flops(config: TrainConfig) -> float:
     """FLOPs of a whole training, attention counted as causal."""
-    tokens = config.steps * config.data.batch_size * config.data.context
-    return tokens * metrics.train_flops_per_token(config.model, config.data.context)["causal"]
+    return metrics.train_tokens(config) * metrics.train_flops_per_token(config.model, config.data.context)["causal"]

@@ -135,26 +135,15 @@ def load_maps(run: Shown) -> Figure | None:
     if not rows:
         return None
     load = np.array([row["load"] for row in rows])  # [time, N, E]
-    layers, experts = load.shape[1:]
-    columns = min(4, layers)
-    lines = -(-layers // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(2.6 * columns, 0.9 + 1.25 * lines), layout="constrained", squeeze=False)
-    for layer, axes in enumerate(grid.flat):
-        axes.grid(False)
-        if layer >= layers:
-            axes.axis("off")
-            continue
-        extent = (rows[0]["step"], rows[-1]["step"], experts - 0.5, -0.5)
-        image = axes.imshow(
-            load[:, layer].T, aspect="auto", extent=extent, vmin=0, vmax=2 / experts, cmap="cividis", interpolation="nearest"
-        )
-        axes.set_title(f"layer {layer}", fontsize=9)
+    experts = load.shape[2]
+    extent = (rows[0]["step"], rows[-1]["step"], experts - 0.5, -0.5)
+
+    def draw(axes: Axes, layer: int) -> Any:
         axes.set_yticks(range(experts))
-        axes.label_outer()
-    figure.supxlabel("step", fontsize=9)
+        return axes.imshow(load[:, layer].T, extent=extent, interpolation="nearest", **_map_scale(experts))
+
+    figure = _layer_maps(load.shape[1], experts, (2.6, 1.25), (0.0, 0.9), draw, "step")
     figure.supylabel("expert", fontsize=9)
-    bar = figure.colorbar(image, ax=grid, shrink=0.9, extend="max")
-    bar.set_label(f"share of choices (even: {1 / experts:.2f})")
     return figure
 
 
@@ -197,22 +186,38 @@ def class_maps(run: Shown, what: str) -> Figure | None:
     load = np.array(shares, dtype=float)  # [N, classes, E]
     shown = np.isfinite(load).all(axis=(0, 2))
     load, names = load[:, shown], [name for name, keep in zip(names, shown, strict=True) if keep]
-    layers, experts = load.shape[0], load.shape[2]
+    experts = load.shape[2]
+
+    def draw(axes: Axes, layer: int) -> Any:
+        axes.set_xticks(range(experts))
+        axes.set_yticks(range(len(names)), names)
+        return axes.imshow(load[layer], **_map_scale(experts))
+
+    return _layer_maps(load.shape[0], experts, (1.9, 0.5 + 0.2 * len(names)), (1.2, 0.8), draw, "expert")
+
+
+def _map_scale(experts: int) -> dict[str, Any]:
+    """Shares from none to twice an even one."""
+    return {"aspect": "auto", "vmin": 0, "vmax": 2 / experts, "cmap": "cividis"}
+
+
+def _layer_maps(
+    layers: int, experts: int, each: tuple[float, float], margin: tuple[float, float], draw: Callable[[Axes, int], Any], x: str
+) -> Figure:
+    """A map of shares for each layer, in rows of four, with one colour bar. `each` and `margin` are in inches."""
     columns = min(4, layers)
     lines = -(-layers // columns)
-    size = (1.2 + 1.9 * columns, 0.8 + (0.5 + 0.2 * len(names)) * lines)
+    size = (margin[0] + each[0] * columns, margin[1] + each[1] * lines)
     figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for layer, axes in enumerate(grid.flat):
         axes.grid(False)
         if layer >= layers:
             axes.axis("off")
             continue
-        image = axes.imshow(load[layer], aspect="auto", vmin=0, vmax=2 / experts, cmap="cividis")
+        image = draw(axes, layer)
         axes.set_title(f"layer {layer}", fontsize=9)
-        axes.set_xticks(range(experts))
-        axes.set_yticks(range(len(names)), names)
         axes.label_outer()
-    figure.supxlabel("expert", fontsize=9)
+    figure.supxlabel(x, fontsize=9)
     bar = figure.colorbar(image, ax=grid, shrink=0.9, extend="max")
     bar.set_label(f"share of choices (even: {1 / experts:.2f})")
     return figure

@@ -60,7 +60,7 @@ def measure(directory: str | Path, mesh: Mesh, effort: Effort | None = None) -> 
 
 def costs(config: TrainConfig) -> dict[str, float]:
     """What follows from the config alone."""
-    model, tokens = config.model, config.steps * config.data.batch_size * config.data.context
+    model, tokens = config.model, metrics.train_tokens(config)
     flops = metrics.train_flops_per_token(model, config.data.context)["causal"]
     return {
         "parameters": sum(metrics.parameter_counts(model).values()),

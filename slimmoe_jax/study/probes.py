@@ -107,8 +107,7 @@ def shares_by_class(chosen: np.ndarray, classes: np.ndarray, number: int) -> np.
       chosen: [N, tokens, E] bool.
       classes: [tokens] int, below `number`.
     """
-    members = np.eye(number)[classes]  # [tokens, classes]
-    counts = np.einsum("NTE,TC->NCE", chosen.astype(np.float64), members)
+    counts = _counts_by_class(chosen, classes, number)
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(axis=-1, keepdims=True)
 
@@ -118,13 +117,17 @@ def specialisation(chosen: np.ndarray, classes: np.ndarray, number: int) -> np.n
 
     0: experts take all classes alike; 1: the expert gives the class away. Choices, not tokens, are counted.
     """
-    members = np.eye(number)[classes]
-    joint = np.einsum("NTE,TC->NCE", chosen.astype(np.float64), members)
+    joint = _counts_by_class(chosen, classes, number)
     joint /= joint.sum(axis=(1, 2), keepdims=True)
     of_class, of_expert = joint.sum(axis=2, keepdims=True), joint.sum(axis=1, keepdims=True)
     information = np.where(joint > 0, joint * np.log(np.where(joint > 0, joint, 1) / np.maximum(of_class * of_expert, 1e-300)), 0)
     entropy = -np.where(of_class > 0, of_class * np.log(np.where(of_class > 0, of_class, 1)), 0).sum(axis=(1, 2))
     return information.sum(axis=(1, 2)) / np.maximum(entropy, 1e-12)
+
+
+def _counts_by_class(chosen: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:
+    """Choices of each expert by tokens of each class, [N, classes, E]."""
+    return np.einsum("NTE,TC->NCE", chosen.astype(np.float64), np.eye(number)[classes])
 
 
 def frequency_bins(counts: np.ndarray, bins: int = 8) -> tuple[list[float], np.ndarray]:
