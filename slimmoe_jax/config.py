@@ -19,6 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+# Where the configs lie that came with the package: in an installed one, and in a checkout.
+SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
 
 class InputError(Exception):
     """Something that the user gave cannot be used. The message is one line: what, where, and how to mend it."""
@@ -195,7 +198,7 @@ def load(path: str | Path) -> TrainConfig:
     Raises:
       InputError: the file is missing, is not a config, or holds an unknown field or a value of the wrong type.
     """
-    path = Path(path)
+    path = find(path)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
@@ -207,13 +210,29 @@ def load(path: str | Path) -> TrainConfig:
     return run_file(path, TrainConfig)[0]
 
 
+def find(path: str | Path) -> Path:
+    """The path as it is, or, where `configs/...` is not below the current directory, the config that came with the package.
+
+    Raises:
+      InputError: it is in neither place; the message lists those that came with the package.
+    """
+    path = Path(path)
+    if path.exists() or path.parts[:1] != ("configs",):
+        return path
+    shipped = next(folder for folder in SHIPPED if folder.is_dir())
+    if not (shipped.parent / path).is_file():
+        names = sorted(str(file.relative_to(shipped.parent)) for file in shipped.rglob("*.py"))
+        raise InputError(f"no config at {path}, and none of that name came with the package, which has {', '.join(names)}")
+    return shipped.parent / path
+
+
 def run_file(path: str | Path, cls: type) -> tuple[Any, ModuleType]:
     """What `get_config()` of a Python file returns, an instance of `cls`, and the file as a module.
 
     Raises:
       InputError: the file is missing or fails, or returns something else.
     """
-    path = Path(path)
+    path = find(path)
     if not path.is_file():
         raise InputError(f"no config at {path}: give a Python file with get_config()")
     if path.suffix != ".py":
@@ -249,40 +268,48 @@ def to_json(config: Any) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(tree: Any, where: str, cls: type = TrainConfig, prefix: str = "") -> Any:
+def from_json(tree: Any, where: str, cls: type = TrainConfig) -> Any:
     """The inverse of `to_json`; fields that are missing take their defaults.
 
     Raises:
       InputError: names the field that is unknown or of the wrong type, and the file `where`.
     """
+    try:
+        return _from_tree(tree, cls, "")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _from_tree(tree: Any, cls: type, prefix: str) -> Any:
     if not isinstance(tree, dict):
-        raise InputError(f"{where}: {prefix or 'the config'} must be an object, not {type(tree).__name__}")
+        raise InputError(f"{prefix.rstrip('.') or 'the config'} must be an object, not {type(tree).__name__}")
+    return cls(**{name: _checked(value, _field_type(cls, name, prefix), prefix + name) for name, value in tree.items()})
+
+
+def _field_type(cls: type, name: str, prefix: str) -> Any:
     types = typing.get_type_hints(cls)
-    values = {}
-    for name, value in tree.items():
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            hint = f": did you mean {prefix}{near[0]}?" if near else ""
-            raise InputError(f"{where}: unknown field {prefix}{name}{hint}")
-        values[name] = _from_json_value(value, types[name], where, prefix + name)
-    return cls(**values)
+    if name not in types:
+        near = difflib.get_close_matches(name, types, n=1)
+        raise InputError(f"unknown field {prefix}{name}" + (f": did you mean {prefix}{near[0]}?" if near else ""))
+    return types[name]
 
 
-def _from_json_value(value: Any, kind: Any, where: str, name: str) -> Any:
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    """The value of a field as its type has it: whole numbers are floats too, lists tuples, and objects dataclasses."""
     if dataclasses.is_dataclass(kind):
-        return from_json(value, where, kind, name + ".")
+        return value if isinstance(value, kind) else _from_tree(value, kind, name + ".")
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise InputError(f"{where}: {name} = {value!r}: must be a list")
-        return tuple(_from_json_value(item, typing.get_args(kind)[0], where, name) for item in value)
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{name} = {value!r}: must be a list")
+        return tuple(_checked(item, typing.get_args(kind)[0], name) for item in value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise InputError(f"{where}: {name} = {value!r}: choose from {', '.join(typing.get_args(kind))}")
+            raise InputError(f"{name} = {value!r}: choose from {', '.join(typing.get_args(kind))}")
         return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise InputError(f"{where}: {name} = {value!r}: must be {kind.__name__}")
+        raise InputError(f"{name} = {value!r}: must be {kind.__name__}")
     return value
 
 
@@ -309,14 +336,21 @@ def override(config: Any, values: dict[str, Any]) -> Any:
     """A copy with some fields replaced: `override(config, {"model.layers": 2})`.
 
     Raises:
-      InputError: a name is not a field.
+      InputError: a name is not a field, or a value is not of its field's type.
     """
     for dotted, value in values.items():
-        head, _, rest = dotted.partition(".")
-        if head not in {field.name for field in dataclasses.fields(config)}:
-            raise InputError(f"unknown field {dotted}")
-        config = dataclasses.replace(config, **{head: override(getattr(config, head), {rest: value}) if rest else value})
+        config = _replaced(config, dotted.split("."), value, "")
     return config
+
+
+def _replaced(config: Any, path: list[str], value: Any, prefix: str) -> Any:
+    name, *rest = path
+    kind = _field_type(type(config), name, prefix)
+    if rest and not dataclasses.is_dataclass(kind):
+        raise InputError(f"unknown field {prefix}{'.'.join(path)}: {prefix}{name} has no parts")
+    inner = getattr(config, name)
+    new = _replaced(inner, rest, value, f"{prefix}{name}.") if rest else _checked(value, kind, prefix + name)
+    return dataclasses.replace(config, **{name: new})
 
 
 # --- where things live -----------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_impossible_values_name_their_field(fields, message):
         ('{"model": {"kvheads": 1}}', "unknown field model.kvheads: did you mean model.kv_heads?"),
         ('{"model": {"kv_heads": 4}}', "model.kv_heads = 4: must be a list"),
         ('{"model": {"router": {"kind": "best"}}}', "model.router.kind = 'best': choose from top_k, top_p, relu"),
-        ('{"model": 3}', "model. must be an object"),
+        ('{"model": 3}', "model must be an object"),
         ("[]", "the config must be an object"),
         ("{", "not readable JSON"),
     ],

@@ -81,7 +81,7 @@ def test_an_arm_is_the_base_with_its_changes():
     [
         ({"model.kv_heads": (5,)}, "model.kv_heads = 5 in layer 0 does not divide model.heads = 12"),
         ({"model.experts": 1}, "model.router.max_experts = 2 is more than model.experts = 1"),
-        ({"model.kv_heds": (4,)}, "kv_heds"),
+        ({"model.kv_heds": (4,)}, "unknown field model.kv_heds: did you mean model.kv_heads?"),
         ({"stepz": 4}, "unknown field stepz"),
     ],
 )
@@ -91,7 +91,6 @@ def test_an_arm_that_cannot_work_is_named(changes, message):
         arm.config(TrainConfig(), 0, "w")
 
 
-@pytest.mark.xfail(strict=True, reason="override() does not look at types: a wrong choice passes, a wrong type is a TypeError")
 @pytest.mark.parametrize("changes", [{"model.router.kind": "topk"}, {"precision": "bf16"}, {"model.layers": "8"}, {"steps.x": 1}])
 def test_a_value_of_the_wrong_kind_is_named(changes):
     """As it is where it comes from JSON or a flag; else the mistake is found when the arm's process has started."""
@@ -123,11 +122,13 @@ SAME = {"model.layers": 8}
             {"combinations": (("mha", "top_k"), ("vgqa", "top_k"), ("vgqa", "top_k"))},
             "study s: two arms are called vgqa-top_k: name the levels differently",
         ),
+        ({"axes": {"a": {8: SAME}}}, "study s: (8,): name the levels in strings"),
+        ({"axes": {"a": {"x": {"seed": 3}}}}, "study s: axis a changes seed, which each arm is given: leave it out"),
         ({"axes": {"a": {"x": SAME}, "b": {"y": SAME}}}, "study s: axis b changes model.layers, as another axis does"),
         ({"axes": {"a": {"x": {}, "z": SAME}, "b": {"y": SAME}}}, "study s: axis b changes model.layers, as another axis does"),
         *(
             ({"axes": {"a": {level: {}}}}, f"study s: level {level!r} names a folder: use letters, digits, '.', '_' and '+'")
-            for level in ("1/2", "a b", "a-b", "", "x\n", "ä")
+            for level in ("..", "1/2", "a b", "a-b", "", "x\n", "ä")
         ),
     ],
 )
@@ -137,7 +138,6 @@ def test_mistakes_are_named(fields, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="only fields of the same dotted name are seen to clash")
 def test_a_part_and_its_whole_are_one_field():
     """Of a whole RouterConfig and a field of it one is lost, which one by the order of the axes."""
     axes = {"router": {"relu": {"model.router": RouterConfig(kind="relu")}}, "kind": {"top_k": {"model.router.kind": "top_k"}}}

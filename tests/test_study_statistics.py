@@ -153,6 +153,15 @@ def test_a_large_difference_is_found(sign):
     assert found[2].estimate.mean == pytest.approx(sign * 2.0, abs=0.4)
 
 
+def test_a_seed_that_few_arms_have_takes_no_claim_away():
+    """The noise is that of the seeds that all have; one arm's extra seed changes nothing of it."""
+    table = make_table(8, 3)
+    whole, few = as_values(table[:, :2]), as_values(table, [(arm, 2) for arm in range(1, 8)])
+    assert statistics.noise(few) == statistics.noise(whole)
+    most = as_values(table, [(7, 2)])  # seven arms of three seeds leave more than eight of two
+    assert statistics.noise(most) == statistics.noise(as_values(table[:7]))
+
+
 def test_an_arm_that_lacks_a_seed_is_compared_over_the_others():
     """Its noise is that of the complete arms, its difference over the two seeds it has, its floor wider."""
     table = make_table(4, 3)
@@ -327,17 +336,23 @@ def test_one_seed_has_effects_and_no_claims():
 
 
 def test_an_incomplete_factorial_has_no_terms():
-    """An arm that lacks a seed, an arm that is missing, and no arm at all."""
+    """An arm that is missing, one with no seed in common with the others, and no arm at all."""
     values, levels, places = make_design(DESIGNS["2x3"], make_table(6, 3))
     assert len(statistics.factorial(values, levels, places)) == 3
     arm = list(values)[2]
-    lacking = values | {arm: {seed: x for seed, x in values[arm].items() if seed != 1}}
     missing = {name: row for name, row in values.items() if name != arm}
-    for incomplete in (lacking, missing, {}):
+    for incomplete in (missing, values | {arm: {7: 1.0}}, {}):
         assert statistics.factorial(incomplete, levels, places) == []
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="F is divided by a noise of 0")
+def test_a_seed_that_an_arm_lacks_is_left_out_of_the_factorial():
+    table = make_table(6, 3)
+    values, levels, places = make_design(DESIGNS["2x3"], table)
+    arm = list(values)[2]
+    lacking = values | {arm: {seed: x for seed, x in values[arm].items() if seed != 1}}
+    assert statistics.factorial(lacking, levels, places) == statistics.factorial(*make_design(DESIGNS["2x3"], table[:, [0, 2]]))
+
+
 def test_arms_without_any_noise_do_not_break_the_analysis():
     """Axes that change nothing at all, on a machine that gives the same loss to the last bit."""
     terms = statistics.factorial(*make_design(DESIGNS["2x3"], np.tile([3.0, 3.5, 4.0], (6, 1))))

@@ -188,6 +188,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_json(path: Path, tree: Any) -> None:
+    """Writes JSON that is there whole or not at all; a NaN, which JSON has no word for, is a ValueError."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
+    temporary.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, path)

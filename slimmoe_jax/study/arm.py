@@ -19,6 +19,7 @@ import jax
 from slimmoe_jax import cli, host, sharding, train
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.data import units
 from slimmoe_jax.locking import locked
 from slimmoe_jax.study import measure
 from slimmoe_jax.study.design import Arm
@@ -51,7 +52,7 @@ def write_spec(folder: Path, arm: Arm, config: TrainConfig, effort: Effort) -> N
             name, (before, now) = next(iter(changed.items()))
             raise InputError(f"{folder} was made with {name} = {before}, not {now}: give another --out, or remove that folder")
     folder.mkdir(parents=True, exist_ok=True)
-    measure.write(spec, path)
+    units.write_json(path, spec)
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _run(folder: Path, spec: dict[str, Any]) -> int:
     train.say(f"measuring {spec['arm']}, seed {spec['seed']}")
     measured = measure.measure(folder, mesh, Effort(**spec["effort"]))
     head = {name: spec[name] for name in ("arm", "levels", "seed")}
-    measure.write(head | {"device": jax.devices()[0].device_kind} | measured, folder / "result.json")
+    units.write_json(folder / "result.json", head | {"device": jax.devices()[0].device_kind} | measured)
     return 0
 
 

@@ -19,6 +19,7 @@ from slimmoe_jax import metrics, validation
 from slimmoe_jax.config import InputError, TrainConfig
 
 Changes = Mapping[str, Any]  # dotted field of TrainConfig -> its value
+SET_BY_STUDY = ("seed", "name", "workdir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ def load(path: str | Path) -> Study:
     """Reads a study's file.
 
     Raises:
-      InputError: the file is missing, is not a study, or an arm of it cannot work.
+      InputError: the file is missing, is not a study, or its axes or combinations are not sound. Each arm's config is checked
+        where it is made.
     """
     study, module = config_lib.run_file(path, Study)
     if not study.hypothesis:
@@ -94,16 +96,25 @@ def _arm(study: Study, combination: Sequence[str]) -> Arm:
     if len(combination) != len(study.axes):
         raise InputError(f"study {study.name}: {tuple(combination)} must have a level for each of {', '.join(study.axes)}")
     changes: dict[str, Any] = {}
+    if not all(isinstance(level, str) for level in combination):
+        raise InputError(f"study {study.name}: {tuple(combination)}: name the levels in strings")
     for level, (axis, levels) in zip(combination, study.axes.items(), strict=True):
         if level not in levels:
             raise InputError(f"study {study.name}: axis {axis} has no level {level!r}: it has {', '.join(levels)}")
-        if not re.fullmatch(r"[A-Za-z0-9._+]+", level):
+        if not re.fullmatch(r"[A-Za-z0-9._+]+", level) or not level.strip("."):
             raise InputError(f"study {study.name}: level {level!r} names a folder: use letters, digits, '.', '_' and '+'")
-        twice = changes.keys() & levels[level].keys()
-        if twice:
-            raise InputError(f"study {study.name}: axis {axis} changes {twice.pop()}, as another axis does: let one of them do it")
+        for field in levels[level]:
+            if field in SET_BY_STUDY:
+                raise InputError(f"study {study.name}: axis {axis} changes {field}, which each arm is given: leave it out")
+            if any(_overlap(field, other) for other in changes):
+                raise InputError(f"study {study.name}: axis {axis} changes {field}, as another axis does: let one of them do it")
         changes |= levels[level]
     return Arm("-".join(combination), dict(zip(study.axes, combination, strict=True)), changes)
+
+
+def _overlap(field: str, other: str) -> bool:
+    """Whether two dotted names are of one field, or one is a part of the other."""
+    return f"{field}.".startswith(f"{other}.") or f"{other}.".startswith(f"{field}.")
 
 
 def is_factorial(study: Study) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -292,10 +291,3 @@ def _by_source(effort: Effort, tokenizer: tokenizers.Tokenizer, length: int, ask
 
 def _rounded(values: np.ndarray) -> Any:
     return metrics.to_python(np.asarray(values, np.float64))
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Writes JSON that is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)

@@ -92,11 +92,12 @@ def study_report(study: Study, results: Sequence[Mapping[str, Any]], failed: Seq
     losses = values(results, "validation_loss")
     page = Page(f"Study: {study.name}", out)
     page.text(*_hypothesis(study.hypothesis))
-    page.text("## What can be said", *_claims(study, losses))
+    reference = design.arms(study)[0].name
+    page.text("## What can be said", *_claims(study, losses, reference))
     page.text(_provenance(shown, study, failed))
-    page.text("## Arms", f"Means over seeds with their 95% interval. {_difference_note(arms[0].name)}")
-    page.table(*_arm_table(losses, shown))
-    page.figure("differences", "Validation loss against the reference.", _difference_figure(losses, arms[0].name))
+    page.text("## Arms", f"Means over seeds with their 95% interval. {_difference_note(reference)}")
+    page.table(*_arm_table(losses, shown, reference))
+    page.figure("differences", "Validation loss against the reference.", _difference_figure(losses, reference))
     if design.is_factorial(study):
         page.text("## Effects", _EFFECTS)
         page.table(*_effects_table(study, losses))
@@ -155,11 +156,12 @@ def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequ
     return line
 
 
-def _claims(study: Study, losses: statistics.Values) -> list[str]:
+def _claims(study: Study, losses: statistics.Values, reference: str) -> list[str]:
     """What is beyond the noise, in sentences; and what the noise is."""
-    reference = next(iter(losses))
+    if reference not in losses:
+        return [f"Nothing can be compared: no run of {reference}, the reference, is finished."]
     found, pooled = statistics.differences(losses, reference), statistics.noise(losses)
-    if not pooled.freedom:
+    if not pooled.freedom or not found:
         spread = statistics.interval(list(losses[reference].values()))
         if spread.number > 1:
             deviation = spread.half / statistics.t_quantile(spread.number - 1) * math.sqrt(spread.number)
@@ -220,10 +222,11 @@ def _difference_figure(losses: statistics.Values, reference: str) -> Figure | No
     return figures.differences(statistics.differences(losses, reference), reference, "validation loss, nats a token")
 
 
-def _arm_table(losses: statistics.Values, shown: Mapping[str, Sequence[Shown]]) -> tuple[list[str], list[list[str]]]:
+def _arm_table(
+    losses: statistics.Values, shown: Mapping[str, Sequence[Shown]], reference: str
+) -> tuple[list[str], list[list[str]]]:
     header = ["arm", "validation loss", "difference", "bits a byte", "parameters", "active", "FLOPs a token", "KV bytes a token"]
     header += ["tokens/s", "peak memory", "MaxVio", "experts a token", "spikes"]
-    reference = next(iter(losses))
     found = {d.arm: d for d in statistics.differences(losses, reference)}
     rows = []
     for arm, runs in shown.items():
@@ -287,7 +290,7 @@ def run_report(runs: Mapping[str, Shown], out: Path) -> Path:
     shown = {name: [run] for name, run in runs.items()}
     if len(runs) > 1:
         page.text("One run each: what is noise and what is not takes several seeds (`slimmoe_jax.ablate`).")
-    page.table(*_arm_table(values(results, "validation_loss"), shown))
+    page.table(*_arm_table(values(results, "validation_loss"), shown, next(iter(runs))))
     changes = _changes(runs)
     if changes:
         page.text("What differs:")
@@ -315,8 +318,9 @@ def _changes(runs: Mapping[str, Shown]) -> list[list[str]]:
 
 def _figures(page: Page, panels: Mapping[str, Sequence[Line]], shown: Mapping[str, Sequence[Shown]]) -> None:
     first = next(iter(shown.values()))[0]
-    several = len(next(iter(panels.values()))) > 1
-    mean = " Lines are means over seeds" + (" and over the other axes" if len(panels) > 1 else "") + "." if several else ""
+    several = len(shown) > 1
+    over = ["seeds"] * any(len(runs) > 1 for runs in shown.values()) + ["the other axes"] * (len(panels) > 1)
+    mean = f" Lines are means over {' and over '.join(over)}." if over else ""
     page.text("## Loss")
     page.figure("loss_flops", f"Training loss against FLOPs, smoothed.{mean}", figures.loss_curves(panels, "flops"))
     page.figure("loss_seconds", f"Training loss against seconds, smoothed.{mean}", figures.loss_curves(panels, "seconds"))

@@ -69,11 +69,17 @@ class Noise:
 
 
 def noise(values: Values) -> Noise:
-    """The noise in a table of figures; arms that lack a seed are left out. NaN where fewer than two arms or seeds are left."""
-    table = _complete(values)
-    if table.size == 0 or min(table.shape) < 2:
+    """The noise in a table of figures. NaN where fewer than two arms share two seeds.
+
+    Of an incomplete table the arms and seeds are taken that leave most degrees of freedom, all seeds of each.
+    """
+    return _noise(_complete(values))
+
+
+def _noise(table: np.ndarray) -> Noise:
+    freedom = _freedom(table)
+    if not freedom:
         return Noise(math.nan, 0)
-    freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
     residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
     return Noise(math.sqrt(float((residuals**2).sum()) / freedom), freedom)
 
@@ -123,18 +129,18 @@ def factorial(values: Values, levels: Mapping[str, Sequence[str]], arm_levels: M
     Args:
       levels: axis -> its levels, two or more.
       arm_levels: arm -> axis -> level.
-    Returns: nothing where an arm lacks a seed.
+    Returns: nothing where an arm is missing or no seed is common to all; a seed that an arm lacks is left out.
     """
     axes = list(levels)
-    table = _complete(values)
-    if table.size == 0 or len(table) < len(values) or len(values) != math.prod(len(names) for names in levels.values()):
+    table = _table(values, [seed for seed in _seeds(values) if all(seed in row for row in values.values())])
+    if table.size == 0 or len(values) != math.prod(len(names) for names in levels.values()):
         return []
     names = [arm for arm in values]
     place = {tuple(arm_levels[arm][axis] for axis in axes): n for n, arm in enumerate(names)}
     order = [place[combination] for combination in itertools.product(*levels.values())]
     seeds = table.shape[1]
     means = table.mean(axis=1)[order].reshape([len(names) for names in levels.values()])
-    pooled, found = noise(values), []
+    pooled, found = _noise(table), []
     for size in range(1, len(axes) + 1):
         for chosen in itertools.combinations(range(len(axes)), size):
             effect = _effect(means, chosen)
@@ -142,8 +148,9 @@ def factorial(values: Values, levels: Mapping[str, Sequence[str]], arm_levels: M
             freedom = math.prod(k - 1 for k in shape)
             repeats = means.size / math.prod(shape) * seeds  # figures behind each of the effect's entries
             square = float((effect**2).sum()) * repeats / freedom
-            f = square / pooled.deviation**2 if pooled.freedom else math.nan
-            p = float(stats.f.sf(f, freedom, pooled.freedom)) if pooled.freedom else math.nan
+            # Without any noise, as where a machine repeats itself to the last bit, there is nothing to measure an effect by.
+            f = square / pooled.deviation**2 if pooled.deviation > 0 else math.nan
+            p = float(stats.f.sf(f, freedom, pooled.freedom))
             # Variance of an entry: noise / repeats times the share of the degrees of freedom that the term has.
             spread = pooled.deviation * math.sqrt(freedom / math.prod(shape) / repeats)
             half = t_quantile(pooled.freedom) * spread if pooled.freedom else math.nan
@@ -167,7 +174,21 @@ def _effect(means: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:
 
 
 def _complete(values: Values) -> np.ndarray:
-    """[arms, seeds] of the arms that have all seeds that any has."""
-    seeds = sorted({seed for by_seed in values.values() for seed in by_seed})
-    rows = [[by_seed[seed] for seed in seeds] for by_seed in values.values() if all(seed in by_seed for seed in seeds)]
-    return np.array(rows, dtype=float)
+    """[arms, seeds] without gaps: the seeds that most arms have, as many of them as leave most degrees of freedom."""
+    seeds = sorted(_seeds(values), key=lambda seed: -sum(seed in row for row in values.values()))
+    return max((_table(values, sorted(seeds[: n + 1])) for n in range(len(seeds))), key=_freedom, default=np.zeros((0, 0)))
+
+
+def _table(values: Values, seeds: Sequence[int]) -> np.ndarray:
+    """[arms, seeds] of the arms that have all of these seeds."""
+    rows = [[row[seed] for seed in seeds] for row in values.values() if all(seed in row for seed in seeds)]
+    return np.array(rows, dtype=float).reshape(len(rows), len(seeds))
+
+
+def _seeds(values: Values) -> list[int]:
+    return sorted({seed for row in values.values() for seed in row})
+
+
+def _freedom(table: np.ndarray) -> int:
+    """Degrees of freedom that are left when arm and seed means are taken out."""
+    return max(0, table.shape[0] - 1) * max(0, table.shape[1] - 1)
