@@ -51,7 +51,7 @@ class ModelConfig:
     """The architecture. The defaults are SlimMoE-250M."""
 
     vocab_size: int = 50_257  # tokens
-    layers: int = 16
+    layers: int = 16  # blocks of attention and experts
     width: int = 768  # model dimension D
     heads: int = 12  # query heads N
     head_dim: int = 64  # H
@@ -64,7 +64,7 @@ class ModelConfig:
     gated: bool = False  # down(silu(gate x) * up x) instead of down(silu(up x))
     tie_embeddings: bool = False  # output head is the transposed input embedding
     dropout: float = 0.1  # embedding, residual and expert-hidden dropout
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # added to the mean square in each RMSNorm
     init_std: float = 0.02  # normal initialisation; residual outputs are scaled by 1/sqrt(2 layers)
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # attention kernel; auto: cudnn in bfloat16 on NVIDIA, else xla
     dispatch: Literal["auto", "dense", "capacity", "ragged", "grouped"] = "auto"  # how tokens reach experts; grouped: on one GPU
@@ -126,9 +126,9 @@ class OptimConfig:
     decay_fraction: float = 0.2  # wsd: share of the schedule that decays
     final_fraction: float = 0.1  # learning rate at the end, relative to the peak
     weight_decay: float = 0.1  # on matrices; norms have none
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # AdamW: share of the first moment that a step keeps
+    beta2: float = 0.95  # AdamW: share of the second moment that a step keeps
+    epsilon: float = 1e-8  # AdamW: added to the root of the second moment
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     accumulate: int = 1  # micro-batches a step
     z_weight: float = 0.0  # z-loss on the output logits

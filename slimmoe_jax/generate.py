@@ -264,7 +264,7 @@ class GenerateArgs:
     top_p: float = 1.0  # sample from the likeliest tokens that sum to this probability; 1: off
     min_p: float = 0.0  # leave out tokens below this share of the likeliest one's probability; 0: off
     repetition_penalty: float = 1.0  # divides the logits of tokens that have occurred; 1: off
-    seed: int = 0
+    seed: int = 0  # of the sampling
     system: str = ""  # what the system's turn says; with --chat
 
 
