@@ -153,12 +153,11 @@ def fingerprint(params: Any, router: RouterState) -> str:
     return digest.hexdigest()
 
 
-def _provenance(argv: Sequence[str], run: Run, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+def _provenance(run: Run, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """What the results were made with, enough to make them again."""
     behind, lost = contamination.stages(run.directory, run.config)
     packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {
-        "command": shlex.join(["python", "-m", "slimmoe_jax.evaluate", *argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"slimmoe_jax": slimmoe_jax.__version__, **packages, "python": platform.python_version()},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -271,6 +270,12 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
     args = cli.parse(EvaluateArgs, words, prog="evaluate", description=__doc__.splitlines()[0], default=EvaluateArgs())
     if not args.checkpoint:
         raise InputError("--checkpoint is missing: give the folder of a training run")
+    check(args)
+    return args
+
+
+def check(args: EvaluateArgs) -> None:
+    """Raises InputError, naming the flag, where a value has no meaning."""
     for name, least in (("shots", 0), ("limit", 0), ("batches", 0), ("seed", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
@@ -282,17 +287,17 @@ def parse(argv: Sequence[str]) -> EvaluateArgs:
         raise InputError(f"--out {args.out}: its folder does not exist: make it, or name another file")
     if args.out and Path(args.out).expanduser().is_dir():
         raise InputError(f"--out {args.out} is a folder: name a file in it")
-    return args
 
 
-def main(argv: Sequence[str]) -> None:
-    host.keep_freed_memory()
-    argv = distributed.start(argv)
-    args = parse(argv)
+def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str, Any]:
+    """All that the arguments ask for, with its provenance, in a form that JSON can hold.
+
+    Args:
+      run: stands in for what `args.checkpoint` names, where it is loaded already.
+    """
     to_do = [_read(task, args.checkpoint) for task in args.tasks]
     pool = tasks.read(args.shots_from).questions if args.shots_from else ()
-    mesh = sharding.make_mesh(MeshConfig())
-    run = checkpoint.load_run(args.checkpoint, mesh)
+    run = run or checkpoint.load_run(args.checkpoint, mesh)
     sharding.cache_programs(run.config.compilation_cache)
     model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory, run.config.model.vocab_size)
     records = None
@@ -301,7 +306,7 @@ def main(argv: Sequence[str]) -> None:
         records = records_lib.open_records(args.records or config_lib.records_dir(run.config.data), context)
         records_lib.check_same_tokenizer(records, run.directory)
 
-    result = _provenance(argv, run, tokenizer)
+    result = _provenance(run, tokenizer)
     if records is not None:
         with sharding.use(mesh):
             result |= _validation(args, run, model, records, mesh)
@@ -309,6 +314,15 @@ def main(argv: Sequence[str]) -> None:
         scorer = likelihood.Scorer(model, run.params, run.router, mesh, args.batch_size)
         behind, _ = contamination.stages(run.directory, run.config)
         result["tasks"] = [_task(task, args, scorer, tokenizer, run, pool, behind) for task in to_do]
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    host.keep_freed_memory()
+    argv = distributed.start(argv)
+    args = parse(argv)
+    result = {"command": shlex.join(["python", "-m", "slimmoe_jax.evaluate", *argv])}
+    result |= results(args, sharding.make_mesh(MeshConfig()))
     if not distributed.is_first():
         return
     print(table(result), file=sys.stderr)
