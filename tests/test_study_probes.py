@@ -198,9 +198,15 @@ def test_frequency_bins_are_of_equal_mass(bins, unseen):
     for n in range(bins - 1):
         assert counts[bin_of == n].min() >= counts[bin_of == n + 1].max(), "rarest last"
     for n, frequency in enumerate(frequencies):
-        members = sorted(int(c) for c, b in zip(counts, bin_of, strict=True) if b == n)
+        members = sorted(int(c) for c, b in zip(counts, bin_of, strict=True) if b == n and c)
         middle = (members[(len(members) - 1) // 2] + members[len(members) // 2]) / 2
         assert frequency == pytest.approx(middle / counts.sum())
+
+
+def test_a_bin_of_unseen_tokens_alone_has_a_place_on_a_logarithmic_axis():
+    """Half of an occurrence, so that it stands below all that was seen."""
+    frequencies, bin_of = probes.frequency_bins(np.array([10, 0, 0]), 8)
+    assert bin_of.tolist() == [0, 1, 1] and frequencies == [1.0, 0.05]
 
 
 def test_a_token_of_many_bins_leaves_none_empty():
@@ -277,10 +283,10 @@ def test_every_token_of_gpt2_has_the_class_of_its_bytes():
 
 
 def test_the_end_of_a_document_and_broken_bytes_are_other(pieces):
-    """They are no text: </s> decodes to nothing, and a byte of a longer character to a replacement."""
+    """They are no text: </s> decodes to nothing, a byte of a longer character to a replacement, piece 0 to the sign for <unk>."""
     names, found = probes.token_classes(pieces)
     first_byte = pieces.encode("漢")[0]
-    assert [names[found[token]] for token in (pieces.end_token, first_byte)] == ["other", "other"]
+    assert [names[found[token]] for token in (pieces.end_token, first_byte, 0)] == ["other"] * 3
 
 
 def test_a_word_is_told_from_its_end_where_the_tokenizer_drops_a_leading_space(tmp_path):
@@ -361,6 +367,8 @@ def test_a_class_without_a_token_and_a_text_of_one_class_divide_by_no_zero():
     chosen, classes = make_choices()
     np.testing.assert_allclose(probes.specialisation(chosen, classes, C), probes.specialisation(chosen, classes, C + 2))
     alone = probes.specialisation(chosen, np.full(T, 1), C)
+    with np.errstate(all="raise"):  # a ReLU router may choose no expert at all in a layer
+        assert probes.specialisation(np.zeros_like(chosen), classes, C).tolist() == [0.0] * N
     np.testing.assert_allclose(alone, 0, atol=1e-3)  # rounding of the order of 1e-16, over an entropy taken to be 1e-12
 
 

@@ -165,7 +165,8 @@ def _asked(run: Run, records: records_lib.Records, mesh: Mesh, effort: Effort) -
     vocabulary = probes.frequent_tokens(counts)
     tasks = probes.copying(vocabulary, _distances(context), effort.probe_rows, seed=1)
     if len(text) >= effort.probe_rows:
-        tasks += probes.needles(text, vocabulary, (context, longest), effort.probe_rows, seed=2)
+        lengths = [length for length in (context, longest) if length >= probes.SHORTEST_NEEDLE]
+        tasks += probes.needles(text, vocabulary, lengths, effort.probe_rows, seed=2)
     answered = [probes.answer(task, *ask(task.tokens, f"{task.kind} {task.length}")[:2]) for task in tasks]
     result["probes"] = answered
     result |= _probe_means(answered, context)

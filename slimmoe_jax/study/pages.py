@@ -144,7 +144,7 @@ def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequ
     counts = sorted(len(runs) for runs in shown.values())
     seeds = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     line = (
-        f"{len(shown)} arms, {seeds} seed(s) each; {short(result['tokens'])} tokens a run, {config.data.batch_size} sequences of"
+        f"{len(shown)} arm(s), {seeds} seed(s) each; {short(result['tokens'])} tokens a run, {config.data.batch_size} sequences of"
         f" {config.data.context} a step, from {Path(config.data.source).name}; {result['device']}; {versions}, Python"
         f" {platform.python_version()}; {datetime.date.today().isoformat()}."
     )

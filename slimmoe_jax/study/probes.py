@@ -17,6 +17,8 @@ from slimmoe_jax.data.tokenizers import Tokenizer
 KEY = 4  # tokens that say which of the things seen before is meant
 VALUE = 4  # tokens to be recalled after a needle's key
 MOST_SCORED = 64  # tokens of a copy that are scored, so that each distance costs and weighs the same
+SHORTEST_NEEDLE = 4 * (KEY + VALUE)  # tokens of a row: as much text as needle and question
+UNKNOWN = "\ufffd\u2047"  # how part of a character, and SentencePiece's unknown token, are written
 DEPTHS = (0.0, 0.5, 1.0)  # of a needle; 0 is the start of the context, farthest from the question
 
 
@@ -58,7 +60,7 @@ def needles(text: np.ndarray, vocabulary: np.ndarray, lengths: Sequence[int], ro
 
     Args:
       text: [rows or more, longest length or more] int32.
-      lengths: tokens of each task, question and answer included.
+      lengths: tokens of each task, question and answer included; SHORTEST_NEEDLE or more.
     """
     random, tasks = np.random.default_rng(seed), []
     needle = random.choice(vocabulary, (rows, KEY + VALUE)).astype(np.int32)
@@ -92,7 +94,7 @@ def token_classes(tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
             kind = "word" if written[0].isspace() else "word's end or middle"
         elif bare.isnumeric():
             kind = "number"
-        elif bare and not any(c.isalnum() or c == "\ufffd" for c in bare):
+        elif bare and not any(c.isalnum() or c in UNKNOWN for c in bare):
             kind = "punctuation"
         else:
             kind = "other"
@@ -118,7 +120,7 @@ def specialisation(chosen: np.ndarray, classes: np.ndarray, number: int) -> np.n
     0: experts take all classes alike; 1: the expert gives the class away. Choices, not tokens, are counted.
     """
     joint = _counts_by_class(chosen, classes, number)
-    joint /= joint.sum(axis=(1, 2), keepdims=True)
+    joint /= np.maximum(joint.sum(axis=(1, 2), keepdims=True), 1)  # a layer that chose no expert at all has 0
     of_class, of_expert = joint.sum(axis=2, keepdims=True), joint.sum(axis=1, keepdims=True)
     information = np.where(joint > 0, joint * np.log(np.where(joint > 0, joint, 1) / np.maximum(of_class * of_expert, 1e-300)), 0)
     entropy = -np.where(of_class > 0, of_class * np.log(np.where(of_class > 0, of_class, 1)), 0).sum(axis=(1, 2))
@@ -133,15 +135,17 @@ def _counts_by_class(chosen: np.ndarray, classes: np.ndarray, number: int) -> np
 def frequency_bins(counts: np.ndarray, bins: int = 8) -> tuple[list[float], np.ndarray]:
     """Tokens of the vocabulary in bins of about equal share of the text, rarest last.
 
-    Returns: the median frequency of each bin's tokens, as a share of the text, and the bin of each token.
+    Returns: the median frequency of each bin's tokens, as a share of the text, and the bin of each token. Tokens that the text
+    lacks are in the last bin and out of its median; where it holds no others, their frequency is that of half an occurrence.
     """
     order = np.argsort(-counts, kind="stable")
     mass = np.cumsum(counts[order]) - counts[order] / 2
     bin_of = np.empty(len(counts), np.int64)
     bin_of[order] = np.minimum(mass * bins / max(counts.sum(), 1), bins - 1).astype(np.int64)
     _, bin_of = np.unique(bin_of, return_inverse=True)  # a token that is a bin's share by itself leaves none empty
-    share = counts / max(counts.sum(), 1)
-    return [float(np.median(share[bin_of == n])) for n in range(bin_of.max() + 1)], bin_of
+    seen = [counts[(bin_of == n) & (counts > 0)] for n in range(bin_of.max() + 1)]
+    total = max(int(counts.sum()), 1)
+    return [float(np.median(of_bin)) / total if of_bin.size else 0.5 / total for of_bin in seen], bin_of
 
 
 def saturation(chosen: np.ndarray, final: np.ndarray) -> np.ndarray:
