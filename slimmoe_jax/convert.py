@@ -91,7 +91,7 @@ def parse(argv: Sequence[str]) -> ConvertArgs:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         skip = ", or give --verify False" if set(missing) <= {"torch", "transformers"} and args.format != "pt" else ""
-        raise InputError(f"this conversion needs {', '.join(missing)}: pip install -e '.[hf]'{skip}")
+        raise InputError(f"this conversion needs {', '.join(missing)}: pip install 'slimmoe_jax[hf]'{skip}")
     return args
 
 

@@ -460,7 +460,7 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, tmp_path, file, content
 def test_what_is_not_installed_is_named(run, tmp_path, monkeypatch):
     find = convert.importlib.util.find_spec
     monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name, *more: None if name == "torch" else find(name, *more))
-    with pytest.raises(InputError, match="this conversion needs torch: pip install -e '.\\[hf\\]', or give --verify False"):
+    with pytest.raises(InputError, match="this conversion needs torch: pip install 'slimmoe_jax\\[hf\\]', or give --verify False"):
         convert.main(["--checkpoint", str(run), "--out", str(tmp_path / "out")])
     convert.main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--verify", "False"])
 
