@@ -23,6 +23,9 @@ from typing import Any, Literal
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
+
+
 class InputError(Exception):
     """Something that the user gave cannot be used. The message is one line: what, where, and how to mend it."""
 
@@ -175,6 +178,7 @@ class TrainConfig:
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     init_from: str = ""  # run whose weights start this one: RUN (newest), RUN/STEP or RUN/best
     log_every: int = 10  # steps between lines of metrics.jsonl
+    trackers: tuple[TrackerName, ...] = ()  # what shows the run beside metrics.jsonl; each of them needs the extra `track`
     watchdog: int = 1_800  # seconds that a step may take before the run ends with the stacks of its threads; 0: any
     compilation_cache: str = "~/.cache/slimmoe_jax/xla"  # folder of compiled programs; empty: none
     model: ModelConfig = ModelConfig()

@@ -44,6 +44,7 @@ from slimmoe_jax import (
     state,
     step,
     summary,
+    trackers,
 )
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
@@ -53,7 +54,7 @@ from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.state import TrainState
 
 # What a resumed run may change: everything else would make it another run.
-MAY_CHANGE = ("steps", "workdir", "name", "log_every", "compilation_cache", "remat", "mesh.", "checkpoint.", "eval.")
+MAY_CHANGE = ("steps", "workdir", "name", "log_every", "trackers", "compilation_cache", "remat", "mesh.", "checkpoint.", "eval.")
 MAY_CHANGE += (
     "data.workers",
     "data.records",
@@ -77,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         prog="train",
         description="Trains a model; resumes by itself when the workdir holds a run. --dry-run prints the plan and stops.",
     )
+    trackers.check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     attention.resolve_kernel(config.model, jnp.dtype(config.precision))
@@ -137,8 +139,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     train_step = step.make_train_step(config, model, optim.make(config), records.end_token)
     train_step = jax.jit(train_step, donate_argnums=0, out_shardings=layout)
     eval_step = jax.jit(step.make_eval_step(config, model, records.end_token), out_shardings=sharding.replicated(mesh))
-    writer = metrics.JsonlWriter(workdir / "metrics.jsonl", start) if distributed.is_first() else None
-    log = Log(config, writer, start, records.manifest["context"])
+    tracker = trackers.Recorder(config, workdir, start) if distributed.is_first() else None
+    log = Log(config, tracker, start, records.manifest["context"])
     evaluator = functools.partial(_evaluate, config, records, eval_step, model, mesh, log)
 
     # --- loop ---
@@ -177,8 +179,6 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
                 break
         watch(0)
         checkpoints.close()
-    if writer:
-        writer.close()
     if log.given_up:
         at, of_step = log.given_up
         again = ""
@@ -305,14 +305,14 @@ def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, scor
 
 
 class Log:
-    """Writes `metrics.jsonl` and the progress line."""
+    """Writes a row a logged step, and the progress line. `tracker` is None in all processes but the first."""
 
-    def __init__(self, config: TrainConfig, writer: metrics.JsonlWriter | None, start: int, context: int):
-        self._config, self._writer = config, writer
+    def __init__(self, config: TrainConfig, tracker: trackers.Tracker | None, start: int, context: int):
+        self._config, self._tracker = config, tracker
         self._tokens = config.data.batch_size * context
         self._flops = metrics.train_flops_per_token(config.model, context)
         self._peak = metrics.device_peak(config.precision)
-        self._meter = Meter("train", config.steps, start, quiet=writer is None)
+        self._meter = Meter("train", config.steps, start, quiet=tracker is None)
         self._last_step, self._last_time, self._skipped = start, time.perf_counter(), 0
         self.given_up: tuple[int, dict[str, np.ndarray]] | None = None  # the last of too many steps left out, and its rows
         self._held: dict[str, Any] = {}
@@ -329,6 +329,8 @@ class Log:
 
     def __exit__(self, *error: Any) -> None:
         self._meter.__exit__(*error)
+        if self._tracker:
+            self._tracker.close()
 
     def step(self, number: int, step_metrics: step.Metrics, rows: dict[str, np.ndarray], hold: bool = False) -> None:
         """Reads a step's metrics, which waits for the step to be done. With `hold` its line waits for the evaluation."""
@@ -345,8 +347,8 @@ class Log:
         row |= {"peak_memory_bytes": metrics.peak_memory()}
         if hold:
             self._held = row
-        elif self._writer:
-            self._writer.write(row)
+        elif self._tracker:
+            self._tracker.write(row)
         text = f"step {number}/{self._config.steps}, loss {values['loss']:.3f}, {short(rate)} tokens/s, MFU {row['mfu']:.1%}"
         if self._config.model.is_moe:
             text += f", {values['experts_per_token'].mean():.2f} experts a token"
@@ -355,8 +357,8 @@ class Log:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Joins an evaluation to the line of its step. Its time does not count as training time."""
-        if self._writer:
-            self._writer.write(self._held | row)
+        if self._tracker:
+            self._tracker.write(self._held | row)
         loss, bits = row["validation_loss"], row["validation_bits_per_byte"]
         self._meter.note(f"step {self._held['step']}: validation loss {loss:.4f}, {bits:.4f} bits a byte")
         if "sample" in row:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
-from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrainConfig, get, mixed
+from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrackerName, TrainConfig, get, mixed
 
 
 def validate(config: TrainConfig) -> None:
@@ -15,6 +16,7 @@ def validate(config: TrainConfig) -> None:
     _validate_optim(config)
     _positive(config, "steps", "log_every", "checkpoint.every", "checkpoint.keep_last", "optim.skip_window", "optim.skip_limit")
     _at_least_zero(config, "watchdog", "optim.skip_sigma")
+    _validate_trackers(config)
     if config.eval.ngrams and config.data.format != "text":
         raise InputError(
             f"eval.ngrams compares with models of running text, not of data.format = {config.data.format}: turn it off"
@@ -30,6 +32,15 @@ def validate(config: TrainConfig) -> None:
         raise InputError(
             f"mesh.expert = {config.mesh.expert} does not divide model.experts = {config.model.experts}: choose a divisor"
         )
+
+
+def _validate_trackers(config: TrainConfig) -> None:
+    known = ", ".join(typing.get_args(TrackerName))
+    if isinstance(config.trackers, str):
+        raise InputError(f'trackers = "{config.trackers}" is a text: give a tuple, such as ("tensorboard",); there are {known}')
+    for name in config.trackers:
+        if name not in typing.get_args(TrackerName):
+            raise InputError(f"trackers = {name}: choose from {known}")
 
 
 def _validate_model(model: ModelConfig) -> None:
