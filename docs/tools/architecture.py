@@ -1,6 +1,6 @@
 """Draws docs/assets/architecture.svg from the default model's config: one block, and what differs by layer.
 
-    python docs/tools/architecture.py
+python docs/tools/architecture.py
 """
 
 from pathlib import Path
@@ -37,13 +37,21 @@ def draw_block(axes: Axes, model: ModelConfig) -> None:
     """From tokens, below, to logits, above; the part in the frame is repeated."""
     axes.set(xlim=(-3.4, 3.4), ylim=(-0.9, 10.4))
     axes.axis("off")
-    axes.add_patch(FancyBboxPatch((-2.9, 0.75), 5.8, 6.95, boxstyle="round,rounding_size=0.15", facecolor="none", edgecolor="#999999"))
+    axes.add_patch(
+        FancyBboxPatch((-2.9, 0.75), 5.8, 6.95, boxstyle="round,rounding_size=0.15", facecolor="none", edgecolor="#999999")
+    )
     axes.text(2.85, 7.45, f"× {model.layers} layers", ha="right", va="center", color=INK)
     box(axes, 0, -0.3, 3.2, f"embedding, {model.vocab_size:,} × {model.width}")
     box(axes, 0, 1.5, 2.0, "RMSNorm")
     box(axes, 0, 2.5, 4.6, f"VGQA: {model.heads} query heads of {model.head_dim}", "#d6e4f0")
     box(axes, 0, 4.3, 2.0, "RMSNorm")
-    box(axes, 0, 5.2, 4.6, f"router: at most {model.router.max_experts} of {model.experts}, {model.router.target_experts:g} on average")
+    box(
+        axes,
+        0,
+        5.2,
+        4.6,
+        f"router: at most {model.router.max_experts} of {model.experts}, {model.router.target_experts:g} on average",
+    )
     for n in range(model.experts):
         box(axes, -1.725 + 1.15 * n, 6.3, 0.95, f"{model.expert_hidden:,}", EXPERT)
     axes.text(-2.3, 6.78, "experts, hidden width", ha="left", va="center", fontsize=8, color=INK)
