@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Runs ablation studies: all of configs/ablations, or those that are named.
+#
+#   launch/ablations.sh --dry-run                                      what each would take
+#   launch/ablations.sh --jobs 2                                       here, study after study, two arms at once
+#   launch/ablations.sh routers dropout --launcher slurm --slurm slurm_partition=gpu gpus_per_node=1 timeout_min=240
+#                                                                      all studies at once, each arm and seed a job of SLURM
+#
+# Flags go to every study. The same command goes on where it was stopped; results are in ablations/NAME/report.html.
+set -euo pipefail
+
+studies=$(cd "$(dirname "$0")/../configs/ablations" && pwd)
+names=()
+while [ $# -gt 0 ] && [[ $1 != -* ]]; do
+  if [ "$1" = base ] || [ ! -f "$studies/$1.py" ]; then
+    echo "error: $1 is no study in $studies" >&2
+    exit 2
+  fi
+  names+=("$1")
+  shift
+done
+if [ ${#names[@]} -eq 0 ]; then
+  for path in "$studies"/*.py; do
+    name=$(basename "$path" .py)
+    if [ "$name" != base ]; then names+=("$name"); fi  # what the studies vary
+  done
+fi
+
+run() { python -m slimmoe_jax.ablate --config "$studies/$1.py" --out "ablations/$1" "${@:2}"; }
+
+failed=()
+case " $* " in
+  *" --launcher slurm "* | *" --launcher=slurm "*)
+    # Here only submission and watching, so all at once.
+    processes=()
+    for name in "${names[@]}"; do
+      run "$name" "$@" &
+      processes+=($!)
+    done
+    for n in "${!names[@]}"; do
+      wait "${processes[n]}" || failed+=("${names[n]}")
+    done
+    ;;
+  *)
+    for name in "${names[@]}"; do
+      echo "== $name" >&2
+      code=0
+      run "$name" "$@" || code=$?
+      if [ "$code" -gt 128 ]; then exit "$code"; fi  # it was stopped, and so is the rest
+      if [ "$code" -ne 0 ]; then failed+=("$name"); fi
+    done
+    ;;
+esac
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}" >&2
+  exit 1
+fi
