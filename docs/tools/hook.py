@@ -21,17 +21,19 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 class Links(Treeprocessor):
-    """Links as they are right in the repository -> links of the site; to a file that is no page, the text alone, as code."""
+    """Links and pictures by their place in the repository -> by that in the site; a link out of it leaves its text, as code."""
 
     page = ""  # path in the repository of the file that is being rendered
 
     def run(self, root):
         for parent in root.iter():
             for link in parent.findall("a"):
-                self._turn(link)
+                self._turn(link, "href")
+            for picture in parent.findall("img"):
+                self._turn(picture, "src")
 
-    def _turn(self, link):
-        target, hash_mark, anchor = link.get("href", "").partition("#")
+    def _turn(self, link, name):
+        target, hash_mark, anchor = link.get(name, "").partition("#")
         if not target or re.match(r"[a-z]+:", target):
             return
         path = posixpath.normpath(posixpath.join(posixpath.dirname(self.page), target))
@@ -41,7 +43,7 @@ class Links(Treeprocessor):
             link.attrib.clear()
         else:
             here = posixpath.dirname(OUTSIDE.get(self.page, self.page.removeprefix("docs/")))
-            link.set("href", posixpath.relpath(page, here or ".") + hash_mark + anchor)
+            link.set(name, posixpath.relpath(page, here or ".") + hash_mark + anchor)
 
 
 class LinksExtension(Extension):
