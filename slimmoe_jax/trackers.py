@@ -52,11 +52,10 @@ class Tracker(Protocol):
 
 def check(config: TrainConfig) -> None:
     """Raises InputError where the library of one of `config.trackers` is not installed."""
-    missing = [name for name in config.trackers if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f'trackers = {missing[0]}: {missing[0]} is not installed: pip install "slimmoe_jax[track]", or leave it out'
-        )
+    for name in config.trackers:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, such as W&B leaves behind, is no library
+            raise InputError(f'trackers = {name}: {name} is not installed: pip install "slimmoe_jax[track]", or leave it out')
 
 
 class Recorder:
