@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import markdown
 import numpy as np
@@ -273,9 +274,10 @@ def test_biases_and_l1_weight_move_as_the_page_says():
 def test_top_p_takes_the_fewest_experts_that_reach_the_threshold():
     p = np.array([0.5, 0.3, 0.15, 0.05], np.float32)
     router = RouterConfig(kind="top_p", max_experts=3)
-    for threshold, chosen in ((0.0, 1), (0.4, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 3)):
-        routed = routing.route(jnp.log(p), router, jnp.float32(threshold), jnp.zeros(4))
-        np.testing.assert_allclose(routed.gates, np.where(np.arange(4) < chosen, p, 0), rtol=1e-5)
+    gates_at = jax.jit(jax.vmap(lambda threshold: routing.route(jnp.log(p), router, threshold, jnp.zeros(4)).gates))
+    gates = gates_at(np.array([0.0, 0.4, 0.51, 0.79, 0.81, 1.0], np.float32))
+    for row_of_gates, chosen in zip(gates, (1, 1, 2, 2, 3, 3), strict=True):
+        np.testing.assert_allclose(row_of_gates, np.where(np.arange(4) < chosen, p, 0), rtol=1e-5)
 
 
 def test_capacity_and_rotated_dimensions_are_the_formulas():
