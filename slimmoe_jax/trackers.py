@@ -69,24 +69,25 @@ class Recorder:
         self._jsonl = metrics.JsonlWriter(workdir / "metrics.jsonl", start)
         self._others: dict[str, Tracker] = {}
         for name in dict.fromkeys(config.trackers):
-            self._guarded(
-                name, "cannot start", lambda name=name: self._others.update({name: TRACKERS[name](config, workdir, start)})
-            )
+            self._guarded(name, "cannot start", self._start, name, config, workdir, start)
 
     def write(self, row: Row) -> None:
         self._jsonl.write(row)
         for name, tracker in list(self._others.items()):
-            self._guarded(name, f"failed at step {row['step']}", lambda tracker=tracker: tracker.write(row))
+            self._guarded(name, f"failed at step {row['step']}", tracker.write, row)
 
     def close(self) -> None:
         self._jsonl.close()
         for name, tracker in list(self._others.items()):
             self._guarded(name, "failed at its end", tracker.close)
 
-    def _guarded(self, name: str, what: str, action: Callable[[], None]) -> None:
+    def _start(self, name: str, config: TrainConfig, workdir: Path, start: int) -> None:
+        self._others[name] = TRACKERS[name](config, workdir, start)
+
+    def _guarded(self, name: str, what: str, action: Callable[..., None], *arguments: Any) -> None:
         """Whatever a tool raises, it is left out from then on."""
         try:
-            action()
+            action(*arguments)
         except Exception as error:
             self._others.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -269,7 +270,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 def routing_map(row: Row) -> np.ndarray | None:
     """A picture of the row's routing, [height, width, 4] uint8. None where the row has no evaluation, or the model no routers."""
-    if "validation_loss" not in row or "load" not in row:
+    if not {"validation_loss", "load", "experts_histogram"} <= row.keys():
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since few commands draw
     from matplotlib.figure import Figure
