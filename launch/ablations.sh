@@ -26,31 +26,33 @@ if [ ${#names[@]} -eq 0 ]; then
   done
 fi
 
-run() { python -m slimmoe_jax.ablate --config "$studies/$1.py" --out "ablations/$1" "${@:2}"; }
+start() { python -m slimmoe_jax.ablate --config "$studies/$1.py" --out "ablations/$1" "${@:2}" & }
 
-failed=()
+# Studies run in the background, for a signal to this script to reach them: their arms save and end, and then they do.
+stop() {
+  for process in $(jobs -p); do kill -TERM "$process" 2>/dev/null || true; done
+  wait
+  exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+
+at_once=false
 case " $* " in
-  *" --launcher slurm "* | *" --launcher=slurm "*)
-    # Here only submission and watching, so all at once.
-    processes=()
-    for name in "${names[@]}"; do
-      run "$name" "$@" &
-      processes+=($!)
-    done
-    for n in "${!names[@]}"; do
-      wait "${processes[n]}" || failed+=("${names[n]}")
-    done
-    ;;
-  *)
-    for name in "${names[@]}"; do
-      echo "== $name" >&2
-      code=0
-      run "$name" "$@" || code=$?
-      if [ "$code" -gt 128 ]; then exit "$code"; fi  # it was stopped, and so is the rest
-      if [ "$code" -ne 0 ]; then failed+=("$name"); fi
-    done
-    ;;
+  *" --launcher slurm "* | *" --launcher=slurm "*) at_once=true ;;  # here they only submit and watch
 esac
+failed=()
+started=()
+finish() { wait "$2" || failed+=("$1"); }
+for name in "${names[@]}"; do
+  echo "== $name" >&2
+  start "$name" "$@"
+  started+=($!)
+  if ! $at_once; then finish "$name" $!; fi
+done
+if $at_once; then
+  for n in "${!names[@]}"; do finish "${names[n]}" "${started[n]}"; done
+fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2
   exit 1

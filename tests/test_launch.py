@@ -17,6 +17,9 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 # One layer compiles in a quarter of the time.
 SMALL = ("--model.layers", "1", "--model.kv-heads", "2", "--model.rotary", "0.5")
+# Saves only when it is told to stop, and at the end.
+QUICK = ("--checkpoint.every", "1000", "--eval.every", "0")
+QUICK += ("--compilation-cache", os.path.expanduser("~/.cache/slimmoe_jax/xla-tests"))
 
 
 def environment(**more):
@@ -139,7 +142,7 @@ def test_the_plan_without_flags_is_that_of_the_250m(tmp_path):
 @pytest.mark.slow
 def test_one_command_prepares_trains_and_goes_on(folder):
     """On the processor, as asked. A TERM to the script reaches the training, which saves; the same command ends the run."""
-    flags = ["--config", "tiny.py", "--workdir", "run", "--steps", "200", "--checkpoint.every", "1000", "--eval.every", "0"]
+    flags = ["--config", "tiny.py", "--workdir", "run", "--steps", "100", *QUICK]
     command = ["bash", LAUNCH / "single_gpu.sh", *flags]
     started = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for_steps(folder / "run", 2, [started])
@@ -148,7 +151,27 @@ def test_one_command_prepares_trains_and_goes_on(folder):
     assert started.returncode == 143 and "stopped by SIGTERM; saved step" in said
     done = run_script(folder, "single_gpu.sh", *flags)
     assert done.returncode == 0 and "resuming run from step" in done.stderr, done.stderr
-    assert len(losses(folder / "run")) == 200
+    assert len(losses(folder / "run")) == 100
+
+
+@pytest.mark.slow
+def test_what_sky_runs_goes_on_on_another_machine(folder):
+    """With a folder for the bucket, and for each machine a home and a disk of its own."""
+    bucket, run = folder / "bucket", sky()["run"].replace("/bucket", f"{folder / 'bucket'}")
+    for machine, steps in (("first", 4), ("second", 6)):
+        disk = folder / machine
+        (disk / "slimmoe" / "bin").mkdir(parents=True)
+        (disk / "slimmoe" / "bin" / "activate").touch()
+        for name in ("launch", "configs"):
+            (disk / name).symlink_to(ROOT / name)
+        for name in ("tiny.py", "text.jsonl"):
+            shutil.copy(folder / name, disk)
+        variables = environment(HOME=str(disk), CONFIG="tiny.py", FLAGS=f"--steps {steps} {' '.join(QUICK)}")
+        done = subprocess.run(["bash", "-c", run], cwd=disk, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("from step 4" in done.stderr) == (machine == "second"), done.stderr
+        assert (disk / "records" / "manifest.json").exists()
+    assert len(losses(bucket / "runs" / "tiny")) == 6
 
 
 # --- SLURM ------------------------------------------------------------------------------------------------------------
@@ -248,9 +271,7 @@ def test_jobs_that_would_leave_gpus_idle_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_preempted_job_saves_is_queued_again_and_ends_as_one_never_stopped(folder):
     """Two real processes that train one model, as SLURM's tasks."""
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    flags = ["--config", "tiny.py", "--steps", "200", "--checkpoint.every", "1000", "--eval.every", "0"]
-    flags += ["--compilation-cache", cache]
+    flags = ["--config", "tiny.py", "--steps", "100", *QUICK]
     job = submit(folder, cluster(folder), *flags, "--workdir", "stopped")
     wait_for_steps(folder / "stopped", 2, [job])
     job.send_signal(signal.SIGTERM)
@@ -258,7 +279,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_as_one_never_stopped(fol
     assert job.returncode == 143 and "stopped by SIGTERM; saved step" in said, said
     assert (folder / "requeued").read_text().startswith("requeue ")
     at = len(losses(folder / "stopped"))
-    assert at < 200
+    assert at < 100
     again = submit(folder, cluster(folder), *flags, "--workdir", "stopped")
     said = again.communicate()[0]
     assert again.returncode == 0 and f"resuming stopped from step {at}" in said, said
@@ -267,7 +288,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_as_one_never_stopped(fol
     assert whole.returncode == 0, said
     assert losses(folder / "stopped") == losses(folder / "whole")
     names = [sorted(path.name for path in (folder / run / "checkpoints").iterdir()) for run in ("stopped", "whole")]
-    assert names[1] == ["200"] and set(names[0]) == {str(at), "200"}
+    assert names[1] == ["100"] and set(names[0]) == {str(at), "100"}
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------
@@ -281,15 +302,24 @@ def test_a_named_study_is_planned_and_an_unknown_one_refused(tmp_path):
     assert done.returncode == 2 and "error: base is no study in" in done.stderr
 
 
-@pytest.mark.slow
-def test_all_studies_are_planned_and_failures_named(tmp_path):
-    """Also side by side, as for SLURM, of which here only the submitting command is missing."""
+def test_without_names_all_studies_run_and_failures_are_named(tmp_path):
+    """One after another here, side by side where SLURM runs them. In place of Python stands what says how it was called."""
     names = {path.stem for path in (ROOT / "configs" / "ablations").glob("*.py")} - {"base"}
-    done = run_script(tmp_path, "ablations.sh", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert set(re.findall(r"^== (\w+)$", done.stderr, re.M)) == names
-    assert set(re.findall(r"^study (\w+):", done.stdout, re.M)) == names
-    stand_in(tmp_path, "python", f'#!/bin/sh\ncase "$*" in *dropout.py*) exit 1;; esac\nexec {sys.executable} "$@"\n')
-    path = f"{tmp_path / 'bin'}:{environment()['PATH']}"
-    done = run_script(tmp_path, "ablations.sh", "routers", "dropout", "--launcher", "slurm", "--dry-run", PATH=path)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: dropout" and "study routers:" in done.stdout
+    said = '#!/bin/sh\necho "called $*"\ncase "$*" in *dropout.py*) exit 1;; esac\n'
+    path = stand_in(tmp_path, "python", said)
+    for flags in (["--jobs", "2"], ["--launcher", "slurm", "--slurm", "slurm_partition=gpu"]):
+        done = run_script(tmp_path, "ablations.sh", *flags, PATH=path)
+        called = re.findall(r"called -m slimmoe_jax.ablate --config \S+/(\w+).py --out ablations/(\w+) (.*)", done.stdout)
+        assert {config for config, _, _ in called} == names == {out for _, out, _ in called}
+        assert {rest for _, _, rest in called} == {" ".join(flags)}
+        assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: dropout"
+
+
+@pytest.mark.parametrize("flags", [["--jobs", "2"], ["--launcher", "slurm"]], ids=["local", "slurm"])
+def test_a_signal_to_the_script_reaches_the_studies(tmp_path, flags):
+    path = stand_in(tmp_path, "python", TRAINING.replace("exit 143", "touch saved; exit 143"))
+    command = ["bash", LAUNCH / "ablations.sh", "dropout", "routers", *flags]
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment(PATH=path, SLURM_PROCID="here"))
+    wait_for((tmp_path / "began-here").exists)
+    started.terminate()
+    assert started.wait(timeout=60) == 143 and (tmp_path / "saved").exists()
