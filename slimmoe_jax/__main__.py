@@ -32,7 +32,8 @@ def listing() -> str:
     lines = ["python -m slimmoe_jax.COMMAND --help lists a command's flags.", ""]
     for name in COMMANDS:
         source = (Path(__file__).parent / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-        lines.append(f"  {name:<14}{ast.get_docstring(ast.parse(source)).splitlines()[0]}")
+        explained = ast.get_docstring(ast.parse(source)) or ""
+        lines.append(f"  {name:<14}{explained.partition(chr(10))[0]}")
     return "\n".join(lines)
 
 

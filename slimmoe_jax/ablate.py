@@ -240,7 +240,7 @@ class _Runner:
     def _table(self) -> Table:
         seeds = sorted({task.config.seed for task in self._tasks})
         table = Table("arm", *(f"seed {seed}" for seed in seeds), box=None, pad_edge=False)
-        cells = collections.defaultdict(dict)
+        cells: dict[str, dict[int, str]] = collections.defaultdict(dict)
         for task in self._tasks:
             cells[task.arm.name][task.config.seed] = self._cell(task)
         for name, by_seed in cells.items():

@@ -23,8 +23,7 @@ from slimmoe_jax.norm import RMSNorm
 Kernel = Literal["xla", "cudnn"]
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of the tokens seen so far, one pair a layer, and the position that each slot holds.
 
     A slot with position -1 is empty or holds padding; nothing attends to it. So a batch may be padded on the left.

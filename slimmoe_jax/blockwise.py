@@ -16,7 +16,7 @@ import jax.numpy as jnp
 # More blocks spare more of the square and take longer to compile; short blocks keep the cores less busy.
 MOST_BLOCKS, SHORTEST_BLOCK = 8, 64
 
-Residuals = tuple[jax.Array, ...]
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]
 
 
 @jax.custom_vjp
@@ -34,7 +34,8 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: j
 
 def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Residuals]:
     q, k, v = _group(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    outs, log_sums = [], []
+    outs: list[jax.Array] = []
+    log_sums: list[jax.Array] = []
     for first, end in blocks(q.shape[3]):
         q = _after(q, outs)
         scores = _scores(q, k, mask, first, end)
@@ -52,7 +53,8 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
     q, k, v, mask, out, log_sum = residuals
     grad = _group(grad, k.shape[1])
     along = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # sum_t P_t dP_t of each query
-    d_query, d_key, d_value = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_query: list[jax.Array] = []
+    d_key, d_value = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for first, end in blocks(q.shape[3]):
         rows = slice(first, end)
         q = _after(q, d_query)
@@ -63,8 +65,8 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
         d_key = d_key.at[:, :, :end].add(_over_queries(d_scores, q[..., rows, :]))
         d_value = d_value.at[:, :, :end].add(_over_queries(probabilities.astype(v.dtype), grad[..., rows, :]))
     scale = q.shape[-1] ** -0.5
-    d_query = jnp.concatenate(d_query, axis=3) * scale
-    return _ungroup(d_query), (d_key * scale).astype(k.dtype).swapaxes(1, 2), d_value.astype(v.dtype).swapaxes(1, 2), None
+    d_query_whole = jnp.concatenate(d_query, axis=3) * scale
+    return _ungroup(d_query_whole), (d_key * scale).astype(k.dtype).swapaxes(1, 2), d_value.astype(v.dtype).swapaxes(1, 2), None
 
 
 causal_attention.defvjp(_forward, _backward)

@@ -68,7 +68,7 @@ class Checkpoints:
         """The step with the lowest validation loss among those kept; None where no loss was recorded."""
         losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         losses = {step: _validation_loss(metrics) for step, metrics in losses.items() if metrics}
-        return min(losses, key=losses.get, default=None)
+        return min(losses, key=lambda step: losses[step], default=None)
 
     def save(self, step: int, state: TrainState, data: dict, config: TrainConfig, validation_loss: float | None = None) -> None:
         """Starts saving; the copy off the devices is done when this returns, the writing goes on behind.
@@ -224,9 +224,13 @@ def _compare_digests(restored: Any) -> None:
     """Raises ValueError where an item is not what was saved."""
     for item, kept in (restored.get("digests") or {}).items():
         if item in restored:
-            found = _json_digest(restored[item]) if item == "data" else digests.of_tree(restored[item])
+            if item == "data":
+                if _json_digest(restored[item]) != kept:
+                    raise ValueError(f"{item} is not what was saved")
+                continue
+            found = digests.of_tree(restored[item])
             if found != kept:
-                names = [name for name in kept if found.get(name) != kept[name]] if item != "data" else [""]
+                names = [name for name in kept if found.get(name) != kept[name]]
                 raise ValueError(f"{item}{names[0] if names else ''} is not what was saved")
 
 
@@ -283,6 +287,7 @@ def load_run(path: str | Path, mesh: Mesh) -> Run:
         step = checkpoints.best if wanted == "best" else int(wanted) if wanted else checkpoints.latest
         config = checkpoints.config(step)
         params, router = checkpoints.restore_weights(config, mesh, step)
+        assert step is not None  # or there would be no config
         return Run(directory, step, config, params, router)
     finally:
         checkpoints.close()

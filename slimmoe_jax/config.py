@@ -242,6 +242,7 @@ def run_file(path: str | Path, cls: type) -> tuple[Any, ModuleType]:
     if path.suffix != ".py":
         raise InputError(f"{path} is not a config: give a Python file with get_config()")
     spec = importlib.util.spec_from_file_location(f"slimmoe_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # as for every .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -300,7 +301,7 @@ def _field_type(cls: type, name: str, prefix: str) -> Any:
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
     """The value of a field as its type has it: whole numbers are floats too, lists tuples, and objects dataclasses."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else _from_tree(value, kind, name + ".")
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
@@ -377,8 +378,8 @@ def records_dir(data: DataConfig) -> Path:
     """The folder of prepared records. Its default name holds a hash of every field that shapes the records."""
     if data.records:
         return Path(data.records)
-    shaping = (data.source, data.split, data.format, data.field, data.choice_style, data.tokenizer, data.train_tokenizer)
-    shaping += (data.context, data.validation_fraction, data.min_characters)
+    shaping: list[Any] = [data.source, data.split, data.format, data.field, data.choice_style, data.tokenizer, data.train_tokenizer]
+    shaping += [data.context, data.validation_fraction, data.min_characters]
     digest = hashlib.sha256(json.dumps(shaping).encode()).hexdigest()[:8]
     slug = re.sub(r"[^a-z0-9]+", "-", data.source.lower().rsplit("/", 1)[-1]).strip("-")[:40]
     return Path("data") / f"{slug}-{data.context}-{digest}"
@@ -398,11 +399,10 @@ def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
     parts = []
     for entry in data.mix:
         weight, _, source = entry.partition(":")
-        form, _, rest = source.partition(":")
-        if form in typing.get_args(typing.get_type_hints(DataConfig)["format"]) and rest:
-            source = rest
-        else:
-            form = data.format
+        named, _, rest = source.partition(":")
+        form: Any = data.format
+        if named in typing.get_args(typing.get_type_hints(DataConfig)["format"]) and rest:
+            form, source = named, rest
         try:
             share = float(weight)
         except ValueError:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +239,7 @@ def expected_answers(run: Run, tokenizer: Tokenizer) -> parity.Expected:
     apply = jax.jit(lambda params, router, row: model.apply({"params": params}, row[None], router).logits()[0])
     with jax.default_matmul_precision("highest"):
         logits = np.stack([jax.device_get(apply(run.params, run.router, row)) for row in tokens])
-        weights = generate.Weights(model, run.params, run.router, _NoEnd())
+        weights = generate.Weights(model, run.params, run.router, cast(Tokenizer, _NoEnd()))
         prompt = tokens[0, : parity.PROMPT].tolist()
         (generated,) = generate.generate_tokens(weights, [prompt], Sampling(temperature=0.0), new_tokens=parity.NEW_TOKENS, seed=0)
     return parity.Expected(tokens, logits, generated[0])

@@ -117,7 +117,7 @@ def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_l
     else:
         position_step = jax.jit(make_position_step(run.config, model, records.end_token), out_shardings=everywhere)
         sums = [position_step(run.params, run.router, sharding.put_batch(batch, mesh)) for batch in batches]
-        nats, targets = (np.sum(column, axis=0, dtype=np.float64) for column in zip(*jax.device_get(sums), strict=True))
+        nats, targets = (np.array(column, np.float64).sum(axis=0) for column in zip(*jax.device_get(sums), strict=True))
         loss = float(nats.sum() / targets.sum())
         scored = HeldOut(loss, int(targets.sum()), loss / math.log(2) / split.bytes_per_token)
         result["by_position"] = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,7 @@ class Weights(NamedTuple):
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-@struct.dataclass
-class Decoding:
+class Decoding(struct.PyTreeNode):
     """Where a batch stands. The last token of each row is chosen but has not been through the model yet."""
 
     cache: KVCache
@@ -141,8 +141,8 @@ def generate_tokens(
     Yields: [B, chunk] int32, fewer in the last. After a row's end token come end tokens only.
     """
     model, params, router, tokenizer = weights
-    end_token, seed, room = tokenizer.end_token, np.uint32(seed % 2**32), _round_up(new_tokens, ROOM)
-    d = prefill(model, params, router, *pad_left(prompts), settings, seed, room=room, end_token=end_token)
+    end_token, room = tokenizer.end_token, _round_up(new_tokens, ROOM)
+    d = prefill(model, params, router, *pad_left(prompts), settings, np.uint32(seed % 2**32), room=room, end_token=end_token)
     given, limit = 0, min(chunk, 1) or new_tokens  # the first token is ready: it is not kept waiting for the next
     while True:
         d = decode(model, params, router, d, settings, np.int32(limit), end_token=end_token)
@@ -294,7 +294,8 @@ def main(argv: Sequence[str]) -> int:
     weights = Weights(
         model, cast_once(run.params, model.dtype), run.router, tokenizers.saved(run.directory, run.config.model.vocab_size)
     )
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? and goes on
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? and goes on
     try:
         if chatting:
             if not any(part.format == "chat" for part in parts(run.config.data)):
@@ -386,7 +387,8 @@ def fit_history(turns: list[Turn], tokenizer: Tokenizer, room: int) -> tuple[lis
 
 def user_turns() -> Iterator[str]:
     """Lines of standard input that say something, until it ends."""
-    sys.stdin.reconfigure(errors="replace")  # a stray byte ends nothing
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte ends nothing
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):

@@ -34,9 +34,11 @@ class Blocks(NamedTuple):
 
     def fitted(self, rows: int, columns: int, inner: int, dtype: jnp.dtype) -> tuple[int, int, int]:
         """Rows, columns and inner values of a block, no larger than a product of these sizes needs."""
-        wanted = (self.rows, self.columns, self.inner_bytes // dtype.itemsize)
-        sizes = zip(wanted, (rows, columns, inner), strict=True)
-        return tuple(min(block, max(16, pl.next_power_of_2(size))) for block, size in sizes)
+
+        def fit(block: int, size: int) -> int:
+            return min(block, max(16, pl.next_power_of_2(size)))
+
+        return fit(self.rows, rows), fit(self.columns, columns), fit(self.inner_bytes // dtype.itemsize, inner)
 
     def compiler_params(self) -> plgpu.CompilerParams:
         return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
@@ -48,7 +50,7 @@ DEFAULT_BLOCKS = Blocks()
 class Span(NamedTuple):
     """A block's places along one axis, and which of them count; the others may be past the array's end."""
 
-    places: pl.Slice
+    places: pl.Slice | slice
     inside: jax.Array  # [block] bool
 
     @classmethod
@@ -198,7 +200,7 @@ def _interpret() -> bool:
 
 def _dot(left: jax.Array, right: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     """The product of two matrices over one axis of each, in float32."""
-    dimensions = (tuple((axis,) for axis in contracted), ((), ()))
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 

@@ -107,8 +107,13 @@ def by_token(out: Output, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == wanted
 
-    tiles = jax.lax.map(tile, (_tiles(out.hidden), _tiles(targets)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in tiles)
+    log_likelihood, greedy = jax.lax.map(tile, (_tiles(out.hidden), _tiles(targets)))
+    return _untiled(log_likelihood), _untiled(greedy)
+
+
+def _untiled(x: jax.Array) -> jax.Array:
+    """[S / tile, B, tile] -> [B, S]."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
 
 
 def _tiles(x: jax.Array) -> jax.Array:

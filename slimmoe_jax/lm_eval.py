@@ -68,7 +68,7 @@ class SlimMoELM(LM):
         mesh = sharding.make_mesh(MeshConfig())
         run = checkpoint_lib.load_run(checkpoint, mesh)
         sharding.cache_programs(run.config.compilation_cache)
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8
         self._max_gen_toks = int(max_gen_toks)
         self._context = run.config.data.context
         self._tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)

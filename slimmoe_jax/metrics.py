@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class JsonlWriter:
         os.replace(temporary, self.path)
         self._file = self.path.open("a", buffering=1)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({key: to_python(value) for key, value in row.items()}) + "\n")
 
     def close(self) -> None:

@@ -26,8 +26,7 @@ from slimmoe_jax.norm import RMSNorm
 from slimmoe_jax.routing import RouterState, Routing, RoutingStats
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
     """What the model returns. Logits are left to the caller, since training never holds them all."""
 
     hidden: jax.Array  # [B, S, D] after the last norm

@@ -31,7 +31,7 @@ class Meter:
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")]
         columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=self._console, disable=not self._live)
-        self._task = self._bar.add_task(label, total=total or None, completed=done, text="")
+        self._task = self._bar.add_task(label, total=total or None, completed=int(done), text="")
 
     def __enter__(self) -> Meter:
         self._bar.start()

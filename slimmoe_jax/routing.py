@@ -23,8 +23,7 @@ from slimmoe_jax.config import ModelConfig, RouterConfig
 DEAD_BELOW = 0.01
 
 
-@struct.dataclass
-class RouterState:
+class RouterState(struct.PyTreeNode):
     """What the controllers hold between steps."""
 
     threshold: jax.Array  # [] the probability mass p of top_p
@@ -42,8 +41,7 @@ class RouterState:
         )
 
 
-@struct.dataclass
-class RoutingStats:
+class RoutingStats(struct.PyTreeNode):
     """Sums over tokens, so that devices and micro-batches add up to the global batch. Stacked, each has a leading [N]."""
 
     tokens: jax.Array  # [] tokens routed, padding left out
@@ -60,8 +58,7 @@ class RoutingStats:
         return total.replace(logit_max=jnp.maximum(self.logit_max, other.logit_max))
 
 
-@struct.dataclass
-class Routing:
+class Routing(struct.PyTreeNode):
     """The decision for a set of tokens."""
 
     gates: jax.Array  # [..., E] float32, 0 where not chosen

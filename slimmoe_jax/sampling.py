@@ -24,8 +24,7 @@ from flax import struct
 from slimmoe_jax.config import InputError
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
     """How the next token is chosen."""
 
     temperature: jax.Array | float = 0.8  # 0: always the likeliest

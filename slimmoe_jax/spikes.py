@@ -14,8 +14,7 @@ from flax import struct
 SPIKE_SIGMA = 7.0
 
 
-@struct.dataclass
-class Window:
+class Window(struct.PyTreeNode):
     """The losses and gradient norms of the last W finite steps."""
 
     losses: jax.Array  # [W] float32, nats a token

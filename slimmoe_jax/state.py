@@ -18,8 +18,7 @@ from slimmoe_jax.routing import RouterState
 from slimmoe_jax.spikes import Window
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a step changes. `params` and `router` together are the weights."""
 
     step: jax.Array  # [] int32, steps done

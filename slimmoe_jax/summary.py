@@ -42,8 +42,8 @@ def plan(config: TrainConfig, devices: int = 1) -> str:
     sections.append(_table("Layers: kv heads, rotary fraction", schedule))
 
     memory = metrics.memory_estimate(config, devices)
-    rows = [(part, f"{size / 2**30:.2f} GiB") for part, size in memory.items()]
-    sections.append(_table("Memory on each device, estimated", [*rows, ("total", f"{sum(memory.values()) / 2**30:.2f} GiB")]))
+    needed = [(part, f"{size / 2**30:.2f} GiB") for part, size in (memory | {"total": sum(memory.values())}).items()]
+    sections.append(_table("Memory on each device, estimated", needed))
     return "\n\n".join(sections)
 
 

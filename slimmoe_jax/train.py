@@ -54,16 +54,10 @@ from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.state import TrainState
 
 # What a resumed run may change: everything else would make it another run.
-MAY_CHANGE = ("steps", "workdir", "name", "log_every", "trackers", "compilation_cache", "remat", "mesh.", "checkpoint.", "eval.")
-MAY_CHANGE += (
-    "data.workers",
-    "data.records",
-    "optim.",
-    "model.attention",
-    "model.dispatch",
-    "model.dropout",
-    "precision",
-    "watchdog",
+MAY_CHANGE: tuple[str, ...] = (
+    *("steps", "workdir", "name", "log_every", "trackers", "compilation_cache", "remat", "watchdog", "precision"),
+    *("mesh.", "checkpoint.", "eval.", "optim.", "data.workers", "data.records"),
+    *("model.attention", "model.dispatch", "model.dropout"),
 )
 
 
@@ -194,7 +188,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
         return 128 + signals.received
 
     # --- done ---
-    if config.eval.ngrams and distributed.is_first():
+    if config.eval.ngrams and distributed.is_first() and validation_loss is not None:
         _compare_with_ngrams(config, records, _evaluation_rows(config, mesh) * config.eval.batches, validation_loss)
     say(f"finished {number} steps; the run is in {workdir}. Next:")
     if config.data.format == "multiple_choice":

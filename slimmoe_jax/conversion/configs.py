@@ -48,7 +48,7 @@ def to_hf(config: TrainConfig, tokenizer: Tokenizer, router: dict[str, Any], dty
     common_rotary = _commonest(model.layer_rotary)
     layers = {}
     for layer, (kv_heads, rotary) in enumerate(zip(model.layer_kv_heads, model.layer_rotary, strict=True)):
-        differing = {"num_key_value_heads": kv_heads} if kv_heads != common_kv else {}
+        differing: dict[str, float] = {"num_key_value_heads": kv_heads} if kv_heads != common_kv else {}
         differing |= {"rotary_fraction": rotary} if rotary != common_rotary else {}
         if differing:
             layers[str(layer)] = differing

@@ -85,19 +85,20 @@ def compare(folder: str, scratch: str) -> dict[str, Any]:
     expected = Expected(
         **{field.name: np.load(f"{scratch}/{field.name}.npy", mmap_mode="r") for field in dataclasses.fields(Expected)}
     )
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto", output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained  # which gives a pair here
+    model, loading = load(folder, trust_remote_code=True, dtype="auto", output_loading_info=True)
     model.eval()
-    worst, kl, agree, tied = [], [], [], []
+    worst, divergence, agree, near = [], [], [], []
     with torch.no_grad():
         for tokens, logits in zip(expected.tokens, expected.logits, strict=True):
             out = model(torch.tensor(tokens[None].astype(np.int64)), output_router_logits=_has_router(model))
             theirs, ours = out.logits[0].float(), torch.tensor(np.array(logits))
             worst.append((theirs - ours).abs().amax(-1))
             log_p, log_q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-            kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            divergence.append((log_p.exp() * (log_p - log_q)).sum(-1))
             agree.append(theirs.argmax(-1) == ours.argmax(-1))
-            tied.append(_after_near_tie(model, out, tokens.size))
-    difference, kl, tied = torch.stack(worst), torch.stack(kl), torch.stack(tied)
+            near.append(_after_near_tie(model, out, tokens.size))
+    difference, kl, tied = torch.stack(worst), torch.stack(divergence), torch.stack(near)
     # Near ties are only looked at where there is something to explain.
     tied = tied if difference.max() >= TOLERANCE else torch.zeros_like(tied)
     prompt = torch.tensor(expected.tokens[:1, :PROMPT].astype(np.int64))

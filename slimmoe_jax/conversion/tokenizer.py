@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from slimmoe_jax.config import InputError
-from slimmoe_jax.data import tokenizers
 from slimmoe_jax.data.tokenizers import GPT2, SentencePiece, Tokenizer
 
 _SPACE = "\u2581"  # SentencePiece's
@@ -20,7 +19,14 @@ def write(tokenizer: Tokenizer, context: int, directory: Path) -> None:
     Raises:
       InputError: the tokenizer cannot be expressed there.
     """
-    fast = _gpt2(tokenizer) if isinstance(tokenizer, GPT2) else _sentencepiece(tokenizer)
+    if isinstance(tokenizer, GPT2):
+        fast = _gpt2(tokenizer)
+    elif isinstance(tokenizer, SentencePiece):
+        fast = _sentencepiece(tokenizer)
+    else:
+        raise InputError(
+            f"transformers has no form of the tokenizer {tokenizer.name}: convert those with GPT-2's or SentencePiece's"
+        )
     fast.save(str(directory / "tokenizer.json"))
     end = fast.id_to_token(tokenizer.end_token)
     settings = {
@@ -49,7 +55,7 @@ def read(directory: Path) -> Tokenizer:
         kept = json.loads((directory / "tokenizer.json").read_text())["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory} has no readable tokenizer.json: copy it from where the model came from") from error
-    gpt2 = tokenizers.load("gpt2")
+    gpt2 = GPT2()
     ours = json.loads(_gpt2(gpt2).to_str())["model"]
     if (kept.get("vocab"), kept.get("merges")) != (ours["vocab"], ours["merges"]):
         raise InputError(
@@ -65,8 +71,8 @@ def _gpt2(tokenizer: GPT2) -> Any:
 
     ranks = tokenizer.ranks
     characters = _byte_characters()
-    vocabulary = {"".join(characters[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = [tuple("".join(characters[byte] for byte in part) for part in pair) for pair in _merges(ranks)]
+    vocabulary = {_written(token, characters): rank for token, rank in ranks.items()}
+    merges = [(_written(left, characters), _written(right, characters)) for left, right in _merges(ranks)]
     fast = Fast(models.BPE(vocab=vocabulary, merges=merges))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     fast.decoder = decoders.ByteLevel()
@@ -95,13 +101,18 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + next(others)) for byte in range(256)]
 
 
+def _written(token: bytes, characters: list[str]) -> str:
+    """A token as byte-level BPE spells it, a character for each byte."""
+    return "".join(characters[byte] for byte in token)
+
+
 def _sentencepiece(tokenizer: SentencePiece) -> Any:
     """SentencePiece's BPE, for models that leave the text as it is, as `train_sentencepiece` makes them."""
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2  # its classes are made as it is imported
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Fast
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(tokenizer.path.read_bytes())
     trained, normalizer = model.trainer_spec, model.normalizer_spec
     kept = not (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces) and normalizer.name == "identity"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from slimmoe_jax.data.chat import Encoded
 from slimmoe_jax.data.tokenizers import Tokenizer
@@ -55,7 +55,7 @@ def parse(row: object) -> Question:
     return Question(query, tuple(choice.strip() for choice in choices), gold, subject if isinstance(subject, str) else "")
 
 
-def _is_list_of_text(value: Any) -> bool:
+def _is_list_of_text(value: Any) -> TypeGuard[Sequence[str]]:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) and v.strip() for v in value)
 
 

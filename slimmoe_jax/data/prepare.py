@@ -174,8 +174,7 @@ def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tok
     path = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").exists():
         tokenizers.train_sentencepiece(_first_texts(data, source), data.train_tokenizer, path)
-        tokenizer = tokenizers.SentencePiece(path)
-        units.write_json(folder / "tokenizer.json", tokenizers.describe(tokenizer))
+        units.write_json(folder / "tokenizer.json", tokenizers.describe(tokenizers.SentencePiece(path)))
     return tokenizers.saved(folder)
 
 
@@ -217,9 +216,9 @@ def _run_units(job: Job, source: Source, workers: int) -> None:
 
 def _work(job: Job, source: Source, workers: int) -> Iterator[dict[str, Any]]:
     """The summaries of units as they get done, in any order."""
-    todo = ((n, unit) for n, unit in enumerate(source.units()) if not units.summary_path(job.folder, n).exists())
-    first = list(itertools.islice(todo, 2))
-    todo = itertools.chain(first, todo)
+    missing = ((n, unit) for n, unit in enumerate(source.units()) if not units.summary_path(job.folder, n).exists())
+    first = list(itertools.islice(missing, 2))
+    todo = itertools.chain(first, missing)
     if workers == 1 or len(first) < 2:
         for number, unit in todo:
             yield units.process(job, number, unit)
@@ -245,7 +244,13 @@ def _start_worker() -> None:
     """A worker ends with its parent, even one killed by SIGKILL, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

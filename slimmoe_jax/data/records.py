@@ -230,14 +230,14 @@ class Batches:
 
     def __init__(self, dataset: grain.MapDataset, workers: int):
         self._dataset, self._workers, self._next = dataset, workers, 0
-        self._iterator: Iterator | None = None
+        self._iterator: grain.DatasetIterator[dict[str, np.ndarray]] | None = None
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
-            self._start()
+            self._iterator = self._start()
         batch = next(self._iterator)
         self._next += 1
         return batch
@@ -257,7 +257,7 @@ class Batches:
             self._finalizer()
             self._iterator = None
 
-    def _start(self) -> None:
+    def _start(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         import grain
         from absl import flags
 
@@ -266,8 +266,9 @@ class Batches:
             if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which only absl's own programs parse
                 flags.FLAGS.mark_as_parsed()
             rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=4))
-        self._iterator = iter(rest)
-        self._finalizer = weakref.finalize(self, self._iterator.close)  # before the interpreter takes the workers' queues apart
+        iterator = iter(rest)
+        self._finalizer = weakref.finalize(self, iterator.close)  # before the interpreter takes the workers' queues apart
+        return iterator
 
 
 def evaluation_batches(

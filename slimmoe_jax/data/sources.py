@@ -106,7 +106,7 @@ def rows(unit: Unit, field: str | None) -> Iterator[tuple[int, Any]]:
     Raises:
       InputError: a damaged parquet file.
     """
-    values = unit.rows if unit.row_groups is None else _parquet_values(unit, field)
+    values: Iterable[Any] = (unit.rows or ()) if unit.row_groups is None else _parquet_values(unit, field)
     for number, row in enumerate(values, start=unit.first_row):
         yield number, _parse(row, field) if isinstance(row, bytes) and unit.row_groups is None else row
 
@@ -357,9 +357,8 @@ def _hub(spec: str, field: str | None, split: str) -> Source:
 
 
 def _stdlib(with_sources: bool, form: str) -> Source:
-    rows: list[Any] = {"chat": stdlib.conversations, "multiple_choice": stdlib.questions}.get(
-        form, lambda: stdlib.texts(with_sources)
-    )()
+    of_form: dict[str, Callable[[], list[Any]]] = {"chat": stdlib.conversations, "multiple_choice": stdlib.questions}
+    rows = of_form.get(form, lambda: stdlib.texts(with_sources))()
     size = sum(_size(row) for row in rows)
     name = f"the standard library of Python {sys.version.split()[0]}"
     return Source(lambda: iter([Unit(name, 1, size, rows=rows)]), size, _digest(json.dumps(rows)))

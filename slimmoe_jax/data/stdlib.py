@@ -120,10 +120,13 @@ def _parse_undisturbed(source: str) -> ast.Module:
         return ast.parse(source)
 
 
-def _definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, _Definition]]:
     """Classes and functions below a node, in the order of the source, by their qualified names."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if isinstance(child, _Definition):
             yield prefix + child.name, child
             yield from _definitions(child, f"{prefix}{child.name}.")
         else:

@@ -29,7 +29,10 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_token: int
     fingerprint: str  # sha256, hexadecimal
-    path: Path | None  # the model file, if it has one of its own
+
+    @property
+    def path(self) -> Path | None:
+        """The model file, if it has one of its own."""
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -71,13 +71,13 @@ def process(job: Job, number: int, unit: Unit) -> dict[str, Any]:
             stream = np.concatenate([np.empty(0, job.dtype), *(example.tokens for example in examples.pop(split))])
             rows = len(stream) // job.length
             write_array(rest_path(job.folder, number, split), stream[rows * job.length :])
-            made = stream[: rows * job.length].reshape(rows, job.length)
+            records = stream[: rows * job.length].reshape(rows, job.length)
         else:
-            made = packing.pack(examples.pop(split), job.length, job.dtype)
-        if len(made):
+            records = packing.pack(examples.pop(split), job.length, job.dtype)
+        if len(records):
             path = job.folder / f"{split}-{number:06}.npy"
-            write_array(path, made)
-            summary["files"][split] = entry(path, len(made))
+            write_array(path, records)
+            summary["files"][split] = entry(path, len(records))
     summary["cpu_seconds"] = time.process_time() - started
     write_json(summary_path(job.folder, number), summary)
     return summary

@@ -67,7 +67,7 @@ def loss_curves(panels: Panels, against: str) -> Figure:
     return _panels(panels, draw, names[against], "training loss, nats a token")
 
 
-def loss_by_position(panels: Panels) -> Figure | None:
+def loss_by_position(panels: Panels) -> Figure:
     """Held-out loss by position, up to four times the trained length, as a difference from each line's own mean within it.
 
     The absolute losses are in the legend: at one scale with the differences, neither could be read.
@@ -155,8 +155,11 @@ def experts_by_frequency(panels: Panels) -> Figure | None:
         experts = np.mean([[row["experts"] for row in run.result["experts_by_frequency"]] for run in line.runs], axis=0)
         axes.plot([row["frequency"] for row in rows], experts, **style, label=line.label)
 
-    figure = _panels(_with(panels, "experts_by_frequency"), draw, "frequency of the token in the training text", "experts a token")
-    for axes in figure.axes if figure else ():
+    kept = _with(panels, "experts_by_frequency")
+    if not kept:
+        return None
+    figure = _panels(kept, draw, "frequency of the token in the training text", "experts a token")
+    for axes in figure.axes:
         axes.set_xscale("log")
     return figure
 
@@ -169,8 +172,11 @@ def saturation(panels: Panels) -> Figure | None:
         share = np.mean([[row["mean"] for row in run.result["saturation"]] for run in line.runs], axis=0)
         axes.plot([row["step"] for row in rows], 100 * share, **style, label=line.label)
 
-    figure = _panels(_with(panels, "saturation"), draw, "step", "choices as at the end, %")
-    for axes in figure.axes if figure else ():
+    kept = _with(panels, "saturation")
+    if not kept:
+        return None
+    figure = _panels(kept, draw, "step", "choices as at the end, %")
+    for axes in figure.axes:
         axes.set_ylim(0, 100)
     return figure
 
@@ -235,8 +241,11 @@ def copying(panels: Panels) -> Figure | None:
         accuracy = float(np.mean([r["accuracy"] for of_run in rows for r in of_run]))
         axes.plot([r["length"] for r in rows[0]], worth, **style, label=f"{line.label} ({accuracy:.1%} right)")
 
-    figure = _panels(_with(panels, "probes"), draw, "distance of the copy, tokens", "worth of the copy, nats a token")
-    for axes in figure.axes if figure else ():
+    kept = _with(panels, "probes")
+    if not kept:
+        return None
+    figure = _panels(kept, draw, "distance of the copy, tokens", "worth of the copy, nats a token")
+    for axes in figure.axes:
         axes.set_xscale("log", base=2)
     return figure
 
@@ -257,6 +266,8 @@ def needles(panels: Panels) -> Figure | None:
 
     kept = {title: [line for line in lines if _needles(line.runs[0])] for title, lines in _with(panels, "probes").items()}
     kept = {title: lines for title, lines in kept.items() if lines}
+    if not kept:
+        return None
     return _panels(kept, draw, "depth of the needle, % of the context (0: its start)", "worth of the needle, nats a token")
 
 
@@ -267,10 +278,8 @@ def _needles(run: Shown) -> list[Mapping[str, Any]]:
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _panels(panels: Panels, draw: Callable[[Axes, Line, dict[str, Any]], None], x: str, y: str) -> Figure | None:
+def _panels(panels: Panels, draw: Callable[[Axes, Line, dict[str, Any]], None], x: str, y: str) -> Figure:
     """A row of panels with one scale; a legend in each."""
-    if not panels:
-        return None
     figure, grid = plt.subplots(
         1, len(panels), figsize=(max(7.5, 3.9 * len(panels)), 4.0), layout="constrained", squeeze=False, sharey=True
     )

@@ -154,11 +154,12 @@ def _gpus() -> list[str]:
 
 
 def peak(precision: str) -> metrics.Peak:
-    """The peak of a device of this machine. A GPU's comes from its name: asking JAX would take its memory from the arms."""
+    """The peak of a device of this machine. A known GPU's comes from its name: asking JAX would take its memory from the arms."""
     if not _gpus():
         return metrics.device_peak(precision)
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return metrics.known_peak(subprocess.run(query, capture_output=True, text=True, check=False).stdout, precision)
+    name = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    return metrics.known_peak(name, precision) or metrics.device_peak(precision)
 
 
 def parameters(words: Sequence[str]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _factorial_claims(terms: Sequence[statistics.Term]) -> list[str]:
         if not term.p < alpha:
             silent.append(name)
             continue
-        best, worst = (pick(term.effects, key=term.effects.get) for pick in (min, max))
+        best, worst = (pick(term.effects, key=lambda levels: term.effects[levels]) for pick in (min, max))
         words = f"from {'/'.join(best)} ({term.effects[best]:+.4f}) to {'/'.join(worst)} ({term.effects[worst]:+.4f})"
         said.append(f"- {'The interaction' if len(term.axes) > 1 else 'The effect'} of **{name}** is beyond noise: {words}.")
     if silent:
@@ -241,7 +241,7 @@ def _arm_table(
             short(first["active_parameters"]),
             short(first["flops_per_token"]),
             f"{first['kv_bytes_per_token']:,}",
-            short(mean("tokens_per_second")),
+            _or_dash(mean("tokens_per_second"), short),
             _or_dash(mean("peak_memory_bytes"), lambda b: f"{b / 2**30:.2f} GiB"),
             _or_dash(mean("max_violation"), lambda v: f"{v:.2f}"),
             _or_dash(mean("experts_per_token"), lambda v: f"{v:.2f}"),

@@ -163,7 +163,7 @@ def answer(task: Task, nll: np.ndarray, correct: np.ndarray) -> dict[str, float 
     Args:
       nll, correct: [R, row length - 1] of the task's rows; entry s is about the token at s + 1.
     """
-    found = {"kind": task.kind, "length": task.length, "depth": task.depth}
+    found: dict[str, float | str] = {"kind": task.kind, "length": task.length, "depth": task.depth}
     found |= {"nats": float(nll[:, task.scored - 1].mean()), "accuracy": float(correct[:, task.scored - 1].mean())}
     if task.before is not None:
         found["nats_before"] = float(nll[:, task.before - 1].mean())
