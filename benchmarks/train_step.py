@@ -217,7 +217,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
     options = (args.batches, args.precision, args.dispatch, args.attention, args.dropout, args.remat)
     found = []
     for batch, precision, dispatch, attention, dropout, remat in itertools.product(*options):
-        base = Row(args.size, batch, args.context, args.layers, precision, dispatch, attention, dropout, remat)
+        base = Row(args.size, batch, args.context, args.layers, precision, dispatch, attention, dropout, bool(remat))
         found.append(base)
         found += [dataclasses.replace(base, dense=True)] if args.dense else []
         found += [dataclasses.replace(base, records=str(Path(args.records).absolute()))] if args.records else []

@@ -75,7 +75,8 @@ class Trained:
         Returns: hidden states [B, S, D], `logits()` [B, S, V] float32, and by layer the experts that each token chose,
           `chosen` [N, B, S, E] bool.
         """
-        return _apply(self.model, self.params, self.router, jnp.asarray(tokens, jnp.int32))
+        out: Output = _apply(self.model, self.params, self.router, jnp.asarray(tokens, jnp.int32))
+        return out
 
     def generate(
         self, prompt: str | Sequence[str], *, tokens: int = 100, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
@@ -141,7 +142,8 @@ class Trained:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _apply(model: SlimMoE, params: Any, router: RouterState, tokens: jax.Array) -> Output:
-    return model.apply({"params": params}, tokens, router)
+    out: Output = model.apply({"params": params}, tokens, router)
+    return out
 
 
 def load(path: str | Path) -> Trained:

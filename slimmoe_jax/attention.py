@@ -144,5 +144,7 @@ class Attention(nn.Module):
             y = blockwise.causal_attention(q, k, v, mask)
         return jnp.einsum("BSNH,NHD->BSD", y, out), (k, v)
 
-    def _weight(self, name: str, init: nn.initializers.Initializer, shape: tuple, axes: tuple) -> jax.Array:
+    def _weight(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    ) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)

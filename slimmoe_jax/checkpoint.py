@@ -70,7 +70,9 @@ class Checkpoints:
         losses = {step: _validation_loss(metrics) for step, metrics in losses.items() if metrics}
         return min(losses, key=lambda step: losses[step], default=None)
 
-    def save(self, step: int, state: TrainState, data: dict, config: TrainConfig, validation_loss: float | None = None) -> None:
+    def save(
+        self, step: int, state: TrainState, data: dict[str, Any], config: TrainConfig, validation_loss: float | None = None
+    ) -> None:
         """Starts saving; the copy off the devices is done when this returns, the writing goes on behind.
 
         Args:
@@ -100,7 +102,7 @@ class Checkpoints:
             digests=ocp.args.JsonSave({"weights": digests.of_tree(weights)}),
         )
 
-    def restore(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, dict]:
+    def restore(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The training state and the iterator's state, placed on `mesh`, whatever mesh they were saved from.
 
         Without a step, the newest checkpoint that is whole is read. Newer ones that are damaged are moved to the run's folder
@@ -121,7 +123,7 @@ class Checkpoints:
             return restored
         raise next(iter(found.values()))
 
-    def _restore_state(self, config: TrainConfig, mesh: Mesh, step: int | None) -> tuple[TrainState, dict]:
+    def _restore_state(self, config: TrainConfig, mesh: Mesh, step: int | None) -> tuple[TrainState, dict[str, Any]]:
         self._check_resumable(step)
         weights, optimizer = _items(state_lib.abstract(config, mesh))
         items = self._restore(
@@ -234,7 +236,7 @@ def _compare_digests(restored: Any) -> None:
                 raise ValueError(f"{item}{names[0] if names else ''} is not what was saved")
 
 
-def _json_digest(tree: dict) -> str:
+def _json_digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

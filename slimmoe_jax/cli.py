@@ -9,11 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from slimmoe_jax import config as config_lib
 from slimmoe_jax import validation
 from slimmoe_jax.config import InputError, TrainConfig
 
+Args = TypeVar("Args")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -39,7 +41,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(130)
 
 
-def parse(cls: type, argv: Sequence[str], *, prog: str, description: str, default: object, append: bool = False):
+def parse(cls: type[Args], argv: Sequence[str], *, prog: str, description: str, default: Args, append: bool = False) -> Args:
     """Fills the dataclass `cls` from flags over `default`. Prints help and exits 0 on `--help`.
 
     Args:

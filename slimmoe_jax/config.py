@@ -17,7 +17,9 @@ import re
 import typing
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+C = TypeVar("C")  # a dataclass of the config
 
 # Where the configs lie that came with the package: in an installed one, and in a checkout.
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
@@ -189,7 +191,7 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
 
-def _fill(pattern: tuple, layers: int) -> tuple:
+def _fill(pattern: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
     return (pattern * math.ceil(layers / len(pattern)))[:layers]
 
 
@@ -208,7 +210,8 @@ def load(path: str | Path) -> TrainConfig:
     if not path.is_file():
         raise InputError(f"no config at {path}: give a Python file with get_config(), or a run's config.json")
     if path.suffix == ".json":
-        return from_json(_read_json(path), str(path))
+        config: TrainConfig = from_json(_read_json(path), str(path))
+        return config
     if path.suffix != ".py":
         raise InputError(f"{path} is not a config: give a Python file with get_config(), or a run's config.json")
     return run_file(path, TrainConfig)[0]
@@ -230,7 +233,7 @@ def find(path: str | Path) -> Path:
     return shipped.parent / path
 
 
-def run_file(path: str | Path, cls: type) -> tuple[Any, ModuleType]:
+def run_file(path: str | Path, cls: type[C]) -> tuple[C, ModuleType]:
     """What `get_config()` of a Python file returns, an instance of `cls`, and the file as a module.
 
     Raises:
@@ -256,7 +259,7 @@ def run_file(path: str | Path, cls: type) -> tuple[Any, ModuleType]:
     return config, module
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -268,9 +271,10 @@ def save(config: TrainConfig, path: str | Path) -> None:
     Path(path).write_text(json.dumps(to_json(config), indent=2) + "\n")
 
 
-def to_json(config: Any) -> dict:
+def to_json(config: Any) -> dict[str, Any]:
     """The config as a tree of dictionaries and lists that JSON can hold."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return tree
 
 
 def from_json(tree: Any, where: str, cls: type = TrainConfig) -> Any:
@@ -337,7 +341,7 @@ def get(config: Any, dotted: str) -> Any:
     return config
 
 
-def override(config: Any, values: dict[str, Any]) -> Any:
+def override(config: C, values: dict[str, Any]) -> C:
     """A copy with some fields replaced: `override(config, {"model.layers": 2})`.
 
     Raises:
@@ -348,14 +352,14 @@ def override(config: Any, values: dict[str, Any]) -> Any:
     return config
 
 
-def _replaced(config: Any, path: list[str], value: Any, prefix: str) -> Any:
+def _replaced(config: C, path: list[str], value: Any, prefix: str) -> C:
     name, *rest = path
     kind = _field_type(type(config), name, prefix)
     if rest and not dataclasses.is_dataclass(kind):
         raise InputError(f"unknown field {prefix}{'.'.join(path)}: {prefix}{name} has no parts")
     inner = getattr(config, name)
     new = _replaced(inner, rest, value, f"{prefix}{name}.") if rest else _checked(value, kind, prefix + name)
-    return dataclasses.replace(config, **{name: new})
+    return dataclasses.replace(config, **{name: new})  # type: ignore[type-var]  # a dataclass of any kind
 
 
 # --- where things live -----------------------------------------------------------------------------------------------

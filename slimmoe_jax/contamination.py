@@ -84,7 +84,7 @@ def known(behind: Sequence[Stage]) -> list[str]:
     ]
 
 
-def _names(sources: re.Pattern, source: str) -> bool:
+def _names(sources: re.Pattern[str], source: str) -> bool:
     """Whether a source's name says that it is such data; of a path only the end, since a project's folder says nothing about it."""
     return sources.search("/".join(source.lower().split("/")[-3:])) is not None
 

@@ -302,7 +302,7 @@ def to_run(folder: Path, args: ConvertArgs) -> None:
 
 
 def training_config(
-    model: ModelConfig, context: int, tokenizer: Tokenizer, kept: dict | None, folder: Path, out: Path
+    model: ModelConfig, context: int, tokenizer: Tokenizer, kept: dict[str, Any] | None, folder: Path, out: Path
 ) -> tuple[TrainConfig, int]:
     """The config of the run, and its step: those that were kept, with the architecture that config.json says now."""
     name = "gpt2" if tokenizer.path is None else str(out / "tokenizer.model")
@@ -327,7 +327,7 @@ def training_config(
     return dataclasses.replace(base, model=model, data=data, name=base.name if kept else out.name), step
 
 
-def router_state(model: ModelConfig, steering: dict[str, np.ndarray], kept: dict | None) -> RouterState:
+def router_state(model: ModelConfig, steering: dict[str, np.ndarray], kept: dict[str, Any] | None) -> RouterState:
     """The router state of the tensors; controllers go on where they were kept, and start afresh otherwise."""
     router = RouterState.initial(model)
     router = router.replace(**{name: jnp.asarray(value, jnp.float32) for name, value in steering.items()})
@@ -363,7 +363,7 @@ def _shards(index: Path) -> list[str]:
     return files
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:

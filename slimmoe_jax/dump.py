@@ -34,7 +34,8 @@ def write(
     checkpoints = checkpoint.Checkpoints(directory, config)
     checkpoints.save_weights(number, train_state.params, train_state.router, config)
     checkpoints.close()
-    np.savez(directory / f"batch-{number}.npz", **{"key": jax.device_get(train_state.key)} | batch)  # type: ignore[arg-type]  # allow_pickle
+    kept: dict[str, Any] = {"key": jax.device_get(train_state.key)} | batch
+    np.savez(directory / f"batch-{number}.npz", **kept)
 
 
 @dataclasses.dataclass(frozen=True)

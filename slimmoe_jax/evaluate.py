@@ -55,7 +55,7 @@ class HeldOut:
 
 
 def held_out(
-    eval_step: Callable, params: Any, router: RouterState, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh,
+    eval_step: Callable[..., Any], params: Any, router: RouterState, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh,
     bytes_per_token: float,
 ) -> HeldOut:  # fmt: skip
     """Runs `eval_step` (from `step.make_eval_step`, jitted) over batches of held-out records.
@@ -73,7 +73,7 @@ def held_out(
     return HeldOut(loss, int(targets), loss / math.log(2) / bytes_per_token)
 
 
-def make_position_step(config: TrainConfig, model: SlimMoE, end_token: int) -> Callable:
+def make_position_step(config: TrainConfig, model: SlimMoE, end_token: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The function (params, router, batch) -> (sums of nats [S], numbers of targets [S]) by position.
 
     A target's position is the number of tokens that the model could have attended to before the one that it reads: where

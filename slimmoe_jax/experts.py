@@ -27,6 +27,7 @@ from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.grouped import grouped_dot
 
 Dispatch = Literal["dense", "capacity", "ragged", "grouped"]
+Elementwise = Callable[[jax.Array], jax.Array]
 
 
 class ExpertWeights(NamedTuple):
@@ -79,7 +80,7 @@ def apply_experts(
     *,
     method: Dispatch,
     config: ModelConfig,
-    dropout: Callable[[jax.Array], jax.Array] = lambda h: h,
+    dropout: Elementwise = lambda h: h,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends each token through its experts and sums their outputs by gate.
 
@@ -98,7 +99,7 @@ def apply_experts(
     return _ragged(x, gates, mask, weights, config, dropout, product), jnp.zeros_like(mask)
 
 
-def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Callable) -> jax.Array:
+def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Elementwise) -> jax.Array:
     def down(hidden: jax.Array, gate: jax.Array | None, gates: jax.Array) -> jax.Array:
         # Weighting the hidden layer instead of the output spares an array [B, S, E, D].
         weighted = dropout(_activate(hidden, gate)) * gates[..., None].astype(x.dtype)
@@ -110,7 +111,7 @@ def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Call
 
 
 def _capacity(
-    x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights, config: ModelConfig, dropout: Callable
+    x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights, config: ModelConfig, dropout: Elementwise
 ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x.shape
     experts, slots = config.experts, capacity(config, length)
@@ -139,7 +140,7 @@ def _ragged(
     mask: jax.Array,
     weights: ExpertWeights,
     config: ModelConfig,
-    dropout: Callable,
+    dropout: Elementwise,
     product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     batch, length, width = x.shape
@@ -158,7 +159,7 @@ def _ragged(
     return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), gate_of_choice)
 
 
-def _lean(product: Callable) -> Callable:
+def _lean(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A function that ends in a matrix product, keeping what it is given for the backward pass and not the product's operand.
 
     The gather or the activation before the product runs again there. The product does not: its gradients want its operands only.

@@ -336,7 +336,7 @@ def check(args: GenerateArgs, settings: Sampling, chatting: bool) -> None:
 def cast_once(params: Any, dtype: jnp.dtype) -> Any:
     """Matrices in the type that the model computes in, so that not every step casts them. Router and norms stay in float32."""
 
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf if path[-1].key in ("router", "scale") else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)

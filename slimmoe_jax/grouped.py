@@ -12,7 +12,7 @@ and slow. They have been compiled for A100 and H100 without one at hand; on a GP
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class Blocks(NamedTuple):
 
 
 DEFAULT_BLOCKS = Blocks()
+Ref = Any  # an array as a kernel sees it
+Saved = tuple[jax.Array, jax.Array, jax.Array]  # rows, weights, group sizes
 
 
 class Span(NamedTuple):
@@ -92,11 +94,11 @@ def _grouped_dot(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, bl
     return _product(rows, weights, group_sizes, blocks, transposed=False)
 
 
-def _grouped_dot_fwd(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, blocks: Blocks) -> tuple[jax.Array, tuple]:
+def _grouped_dot_fwd(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, blocks: Blocks) -> tuple[jax.Array, Saved]:
     return _product(rows, weights, group_sizes, blocks, transposed=False), (rows, weights, group_sizes)
 
 
-def _grouped_dot_bwd(blocks: Blocks, saved: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _grouped_dot_bwd(blocks: Blocks, saved: Saved, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows, weights, group_sizes = saved
     of_rows = _product(grad, weights, group_sizes, blocks, transposed=True)
     return of_rows, _sum_of_outer_products(rows, grad, group_sizes, blocks), None
@@ -137,14 +139,17 @@ def _tiles(group_sizes: jax.Array, rows: int, block: int) -> Tiles:
     return Tiles(*(part.astype(jnp.int32) for part in (group, start, ends[group])))
 
 
-def _product_kernel(group_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref, *, block, transposed):
+def _product_kernel(
+    group_ref: Ref, start_ref: Ref, end_ref: Ref, rows_ref: Ref, weights_ref: Ref, out_ref: Ref,
+    *, block: tuple[int, int, int], transposed: bool,
+) -> None:  # fmt: skip
     block_rows, block_columns, block_inner = block
     tile = pl.program_id(1)
     group = group_ref[tile]
     rows = Span.of(start_ref[tile], block_rows, end_ref[tile])
     columns = Span.of(pl.program_id(0) * block_columns, block_columns, out_ref.shape[1])
 
-    def add(step, total):
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
         inner = Span.of(step * block_inner, block_inner, rows_ref.shape[1])
         left = _load(rows_ref, rows, inner)
         if transposed:
@@ -175,14 +180,14 @@ def _sum_of_outer_products(rows: jax.Array, grad: jax.Array, group_sizes: jax.Ar
     )(bounds, rows, grad)
 
 
-def _outer_kernel(bounds_ref, rows_ref, grad_ref, out_ref, *, block):
+def _outer_kernel(bounds_ref: Ref, rows_ref: Ref, grad_ref: Ref, out_ref: Ref, *, block: tuple[int, int, int]) -> None:
     block_rows, block_columns, block_inner = block
     group = pl.program_id(2)
     start, end = bounds_ref[group], bounds_ref[group + 1]
     left_columns = Span.of(pl.program_id(1) * block_rows, block_rows, rows_ref.shape[1])
     right_columns = Span.of(pl.program_id(0) * block_columns, block_columns, grad_ref.shape[1])
 
-    def add(step, total):
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
         inner = Span.of(start + step * block_inner, block_inner, end)
         return total + _dot(_load(rows_ref, inner, left_columns), _load(grad_ref, inner, right_columns), (0, 0))
 
@@ -204,12 +209,12 @@ def _dot(left: jax.Array, right: jax.Array, contracted: tuple[int, int]) -> jax.
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _load(ref, rows: Span, columns: Span, *group: jax.Array) -> jax.Array:
+def _load(ref: Ref, rows: Span, columns: Span, *group: jax.Array) -> jax.Array:
     """A block of a matrix, or of one matrix of a stack; zeros outside."""
     return plgpu.load(ref.at[*group, rows.places, columns.places], mask=_inside(rows, columns), other=0)
 
 
-def _store(ref, rows: Span, columns: Span, values: jax.Array, *group: jax.Array) -> None:
+def _store(ref: Ref, rows: Span, columns: Span, values: jax.Array, *group: jax.Array) -> None:
     plgpu.store(ref.at[*group, rows.places, columns.places], values.astype(ref.dtype), mask=_inside(rows, columns))
 
 

@@ -6,6 +6,7 @@ Axes: B batch, S sequence, D model, V vocabulary, E experts, N layers.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from slimmoe_jax.routing import RouterState, RoutingStats
 
 # Tokens whose logits exist at once. 8,192 x 50,257 in float32 is 1.5 GiB; smaller tiles cost nothing on a CPU.
 TILE_TOKENS = 8_192
+
+Residuals = tuple[jax.Array, jax.Array, jax.Array]  # gradients of hidden and head, loss of each token
 # The vocabulary is padded to a multiple of this inside the loss: products with 50,257 columns miss a GPU's fast kernels.
 VOCABULARY_MULTIPLE = 128
 
@@ -94,7 +97,7 @@ def cross_entropy(
     """
     tiles, padded, vocabulary = _tiles(hidden, tile_tokens), _padded(head), head.shape[1]
 
-    def tile_loss(tile):
+    def tile_loss(tile: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         nll, log_z = _nll(_logits(tile[0], padded, vocabulary), tile[1])
         return jnp.sum((nll + z_weight * log_z**2) * tile[2])
 
@@ -102,10 +105,12 @@ def cross_entropy(
 
 
 @jax.named_scope("cross_entropy")
-def _cross_entropy_fwd(hidden, head, targets, weights, z_weight, tile_tokens):
+def _cross_entropy_fwd(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_weight: float, tile_tokens: int
+) -> tuple[jax.Array, Residuals]:
     tiles, padded, vocabulary = _tiles(hidden, tile_tokens), _padded(head), head.shape[1]
 
-    def body(d_head, tile):
+    def body(d_head: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         h, target, weight = tile
         logits = _logits(h, padded, vocabulary)
         nll, log_z = _nll(logits, target)
@@ -124,7 +129,9 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_weight, tile_tokens):
 
 
 @jax.named_scope("cross_entropy")
-def _cross_entropy_bwd(z_weight, tile_tokens, residuals, grad):
+def _cross_entropy_bwd(
+    z_weight: float, tile_tokens: int, residuals: Residuals, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     d_hidden, d_head, token_loss = residuals
     return grad.astype(d_hidden.dtype) * d_hidden, grad.astype(d_head.dtype) * d_head, None, grad * token_loss
 

@@ -208,7 +208,8 @@ def last_row(path: str | Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            return json.loads(line)
+            row: dict[str, Any] = json.loads(line)
+            return row
         except ValueError:
             continue
     return None

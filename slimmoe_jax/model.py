@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
         inner = nn.initializers.normal(c.init_std)
         residual = nn.initializers.normal(c.init_std / (2 * c.layers) ** 0.5)
 
-        def weight(name, init, shape, axes):
+        def weight(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
             return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
 
         into, out_of = (c.experts, c.width, c.expert_hidden), (c.experts, c.expert_hidden, c.width)

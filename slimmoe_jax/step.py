@@ -21,11 +21,12 @@ import optax
 from slimmoe_jax import losses, optim, routing, spikes
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.model import SlimMoE
-from slimmoe_jax.routing import RouterState
+from slimmoe_jax.routing import RouterState, RoutingStats
 from slimmoe_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Sums = tuple[jax.Array, RoutingStats | None]  # cross-entropy, routing statistics
 
 
 def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
@@ -67,7 +68,7 @@ def make_train_step(
     router_config, accumulate = config.model.router, config.optim.accumulate
     learning_rate = optim.schedule(config)
 
-    def micro_sums(params: Any, router: RouterState, micro: Batch, key: jax.Array):
+    def micro_sums(params: Any, router: RouterState, micro: Batch, key: jax.Array) -> Sums:
         """Sum of cross-entropy and stacked routing statistics of one micro-batch."""
         out = model.apply(
             {"params": params}, micro["tokens"], router, train=True, rngs={"dropout": key},
@@ -76,14 +77,14 @@ def make_train_step(
         nll = losses.cross_entropy(out.hidden, out.head, micro["targets"], micro["weights"], config.optim.z_weight)
         return nll, out.stats
 
-    def total_loss(nll, stats, router, tokens):
+    def total_loss(nll: jax.Array, stats: RoutingStats | None, router: RouterState, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean cross-entropy plus the routers' losses, and the parts by name."""
         parts = {"loss": nll / tokens}
         if stats is not None:
             parts |= losses.router_losses(stats, router, router_config)
-        return sum(parts.values()), parts
+        return sum(parts.values(), jnp.zeros(())), parts
 
-    def whole(params, router, micros, keys, tokens):
+    def whole(params: Any, router: RouterState, micros: Batch, keys: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """The loss of all micro-batches at once; with one of them, nothing is recomputed."""
         if accumulate == 1:
             nll, stats = micro_sums(params, router, jax.tree.map(lambda x: x[0], micros), keys[0])
@@ -93,15 +94,15 @@ def make_train_step(
         loss, parts = total_loss(nll, stats, router, tokens)
         return loss, (parts, stats)
 
-    def one_by_one(params, router, micros, keys, tokens):
+    def one_by_one(params: Any, router: RouterState, micros: Batch, keys: jax.Array, tokens: jax.Array) -> Any:
         """Value and gradient summed over micro-batches, each balanced, if at all, by itself."""
 
-        def micro_loss(params, micro, key):
+        def micro_loss(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
             nll, stats = micro_sums(params, router, micro, key)
             loss, parts = total_loss(nll, stats, router, tokens / accumulate)
             return loss / accumulate, (jax.tree.map(lambda x: x / accumulate, parts), stats)
 
-        def body(total, xs):
+        def body(total: Any, xs: Any) -> tuple[Any, None]:
             return _add(total, jax.value_and_grad(micro_loss, has_aux=True)(params, *xs)), None
 
         start = _zeros(lambda p, r, m, k: jax.value_and_grad(micro_loss, has_aux=True)(p, m, k), params, router, micros, keys)
@@ -175,7 +176,7 @@ def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: x + y, a, b, is_leaf=is_stats)
 
 
-def _zeros(function: Callable, params: Any, router: RouterState, micros: Batch, keys: jax.Array) -> Any:
+def _zeros(function: Callable[..., Any], params: Any, router: RouterState, micros: Batch, keys: jax.Array) -> Any:
     """Zeros like what `function` returns for one micro-batch."""
     first = jax.tree.map(lambda x: x[0], micros)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, params, router, first, keys[0]))

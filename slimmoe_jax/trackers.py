@@ -173,10 +173,11 @@ class Wandb:
 
         self._library, self._mark = wandb, Mark.of(workdir, "wandb", start)
         settings = wandb.setup(wandb.Settings(silent=True)).settings  # as its environment variables and files have it
-        mode, why = settings.mode, f"its mode is {settings.mode}"
+        mode: Any = settings.mode
+        why = f"its mode is {settings.mode}"
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode, why = "offline", "no key is set: wandb login"
-        start_run = {
+        start_run: dict[str, Any] = {
             "project": settings.project or PROJECT,
             "name": settings.run_name or workdir.absolute().name,
             "id": self._mark.run,

@@ -257,7 +257,7 @@ def _initial_weights(config: TrainConfig, mesh: Mesh) -> checkpoint.Run:
 
 
 def _evaluate(
-    config: TrainConfig, records: records_lib.Records, eval_step: Callable, model: Any, mesh: Mesh,
+    config: TrainConfig, records: records_lib.Records, eval_step: Callable[..., Any], model: Any, mesh: Mesh,
     log: Log, train_state: TrainState,
 ) -> evaluate.HeldOut:  # fmt: skip
     """Held-out loss and a sample of text, written and shown."""
@@ -274,7 +274,7 @@ def _evaluate(
 
 
 def _held_out(
-    config: TrainConfig, records: records_lib.Records, eval_step: Callable, mesh: Mesh, train_state: TrainState
+    config: TrainConfig, records: records_lib.Records, eval_step: Callable[..., Any], mesh: Mesh, train_state: TrainState
 ) -> evaluate.HeldOut:
     split = records.split("validation")
     processes = {"process": jax.process_index(), "processes": jax.process_count()}

@@ -102,7 +102,7 @@ def from_hf(tree: dict[str, Any], where: str) -> tuple[ModelConfig, int]:
     return config_lib.from_json(values | {"router": router}, where, ModelConfig), context
 
 
-def _commonest(values: tuple) -> Any:
+def _commonest(values: tuple[Any, ...]) -> Any:
     return collections.Counter(values).most_common(1)[0][0]
 
 

@@ -85,7 +85,7 @@ def to_theirs(config: ModelConfig, params: Any, router: Mapping[str, Any]) -> di
     return {entry.theirs: _to_theirs(entry, [np.asarray(ours[name]) for name in entry.ours]) for entry in entries(config)}
 
 
-def to_ours(config: ModelConfig, tensors: Mapping[str, np.ndarray], like: Any) -> tuple[dict, dict[str, np.ndarray]]:
+def to_ours(config: ModelConfig, tensors: Mapping[str, np.ndarray], like: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The inverse of `to_theirs`: parameters, and `threshold` and `bias` as far as the tensors hold them.
 
     Args:

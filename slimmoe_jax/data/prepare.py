@@ -225,7 +225,7 @@ def _work(job: Job, source: Source, workers: int) -> Iterator[dict[str, Any]]:
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        running: set[concurrent.futures.Future] = set()
+        running: set[concurrent.futures.Future[dict[str, Any]]] = set()
         try:
             for number, unit in todo:
                 running.add(pool.submit(units.process, job, number, unit))

@@ -45,7 +45,7 @@ class Split:
         if most is not None:
             self._first = np.minimum(self._first, most)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Split, self._made_from  # a reading process maps the files itself; the records are not sent to it
 
     def __len__(self) -> int:

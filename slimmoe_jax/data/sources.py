@@ -218,7 +218,7 @@ def _parquet_units(file: Path, field: str | None) -> Iterator[Unit]:
         yield Unit(str(file), first_row, file_size * len(groups) // count, row_groups=tuple(groups))
 
 
-def _parquet_rows(parquet, file: Path, number: int, field: str | None, size: int) -> Iterator[tuple[Any, int, int]]:
+def _parquet_rows(parquet: Any, file: Path, number: int, field: str | None, size: int) -> Iterator[tuple[Any, int, int]]:
     """The values of one row group, which takes up `size` bytes of the file."""
     count, read = parquet.metadata.row_group(number).num_rows, 0
     try:
@@ -239,7 +239,7 @@ def _parquet_values(unit: Unit, field: str | None) -> list[Any]:
         raise _damaged(unit.file, error) from error
 
 
-def _open_parquet(file: Path):
+def _open_parquet(file: Path) -> Any:
     parquet = _module("pyarrow.parquet", "reading parquet")
     try:
         return parquet.ParquetFile(file, buffer_size=_BLOCK, page_checksum_verification=True)
@@ -308,7 +308,7 @@ def _blocks(file: Path) -> Iterator[tuple[bytes, int]]:
         raise _damaged(file, error) from error
 
 
-def _zstd_blocks(raw) -> Iterator[tuple[bytes, int]]:
+def _zstd_blocks(raw: Any) -> Iterator[tuple[bytes, int]]:
     zstandard = _module("zstandard", "reading .zst")
     frame = None
     try:

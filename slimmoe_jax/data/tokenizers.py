@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from slimmoe_jax.config import InputError
 
@@ -208,7 +208,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
     Path(path).write_bytes(model.getvalue())
 
 
-def describe(tokenizer: Tokenizer) -> dict:
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """What manifests and runs record."""
     names = ("name", "vocab_size", "end_token", "fingerprint")
     return {name: getattr(tokenizer, name) for name in names}

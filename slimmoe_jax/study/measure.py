@@ -119,7 +119,7 @@ def curve(directory: Path, config: TrainConfig) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _by_token(model: SlimMoE, params: Any, router: RouterState, tokens: jax.Array):
+def _by_token(model: SlimMoE, params: Any, router: RouterState, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """tokens [R, S + 1] -> nats [R, S], whether each is the likeliest [R, S], experts chosen [N, R, S, E] or None."""
     out = model.apply({"params": params}, tokens[:, :-1], router)
     log_likelihood, greedy = likelihood.by_token(out, tokens[:, 1:])
@@ -135,7 +135,7 @@ class _Asker:
         self._rows = sharding.padded_rows(rows, mesh)
         self._model = state.build_model(run.config)
 
-    def __call__(self, tokens: np.ndarray, label: str, run: Run | None = None):
+    def __call__(self, tokens: np.ndarray, label: str, run: Run | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """tokens [R, S + 1] -> nats, whether likeliest [R, S] and chosen [N, R, S, E]; `run` stands in for the weights."""
         weights, (rows, length) = run or self._run, (tokens.shape[0], tokens.shape[1] - 1)
         width = min(w for w in self._widths if w >= length)
@@ -258,7 +258,7 @@ def _saturation(run: Run, text: np.ndarray, final: np.ndarray, mesh: Mesh, ask: 
     flat = final.reshape(final.shape[0], -1, final.shape[-1])
     found = []
     for step in steps[:-1]:
-        _, _, chosen = ask(text, f"step {step}", checkpoint.load_run(run.directory / str(step), mesh))
+        chosen = _chosen(ask(text, f"step {step}", checkpoint.load_run(run.directory / str(step), mesh)))
         share = probes.saturation(chosen.reshape(flat.shape), flat)
         found.append({"step": step, "by_layer": _rounded(share), "mean": float(share.mean())})
     return found
@@ -280,7 +280,7 @@ def _by_source(effort: Effort, tokenizer: tokenizers.Tokenizer, length: int, ask
     if len(names) < 2:
         raise InputError(f"{effort.texts} has fewer than two sources of {wanted} tokens: give more text")
     rows = np.array([by_source[name] for name in names]).reshape(-1, length)
-    _, _, chosen = ask(np.pad(rows, ((0, 0), (0, 1))), "sources")  # no target is asked for
+    chosen = _chosen(ask(np.pad(rows, ((0, 0), (0, 1))), "sources"))  # no target is asked for
     chosen = chosen.reshape(chosen.shape[0], -1, chosen.shape[-1])
     classes = np.repeat(np.arange(len(names)), wanted)
     return {
@@ -288,6 +288,12 @@ def _by_source(effort: Effort, tokenizer: tokenizers.Tokenizer, length: int, ask
         "load": _rounded(probes.shares_by_class(chosen, classes, len(names))),
         "specialisation": float(probes.specialisation(chosen, classes, len(names)).mean()),
     }
+
+
+def _chosen(answer: tuple[np.ndarray, np.ndarray, np.ndarray | None]) -> np.ndarray:
+    """The experts, of a model that has routers."""
+    assert answer[2] is not None
+    return answer[2]
 
 
 def _rounded(values: np.ndarray) -> Any:

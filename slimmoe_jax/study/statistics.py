@@ -191,4 +191,5 @@ def _seeds(values: Values) -> list[int]:
 
 def _freedom(table: np.ndarray) -> int:
     """Degrees of freedom that are left when arm and seed means are taken out."""
-    return max(0, table.shape[0] - 1) * max(0, table.shape[1] - 1)
+    arms, seeds = (int(length) for length in table.shape)
+    return max(0, arms - 1) * max(0, seeds - 1)
