@@ -252,7 +252,7 @@ class EvaluateArgs:
     records: str = ""  # folder of prepared records, of any context; empty: those of the run
     batches: int = 0  # batches of validation records; 0: all
     batch_size: int = 8  # sequences at a time, over all devices
-    seed: int = 0  # of the choice of examples and of the bootstrap
+    seed: int = 0  # of the choice of examples
     out: str = ""  # file for the results as JSON; empty: stdout, if that is no terminal
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from slimmoe_jax.config import DataConfig, InputError, parts
 from slimmoe_jax.data import multiple_choice, prepare, records, sources, units
@@ -25,7 +26,6 @@ from slimmoe_jax.likelihood import Pair, Score, Scorer
 
 WAYS = ("sum", "token", "byte")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-RESAMPLES = 10_000  # of the bootstrap
 _EXAMPLES = 5  # invalid rows that are named
 
 
@@ -203,11 +203,10 @@ def evaluate(
         "examples_dropped": sum(made.dropped for made in fitting),
         "prompts_cut": sum(made.cut > 0 for made in fitting),
         "tokens_cut": sum(made.cut for made in fitting),
-        **_accuracies(questions, correct, shots.seed),
+        **_accuracies(questions, correct),
         "answer_bits_per_byte": _answer_bits_per_byte(questions, scored, style),
         "subjects": {
-            subject: _accuracies([questions[i] for i in rows], correct[rows], shots.seed)
-            for subject, rows in _by_subject(questions).items()
+            subject: _accuracies([questions[i] for i in rows], correct[rows]) for subject, rows in _by_subject(questions).items()
         },
     }
 
@@ -241,7 +240,7 @@ def _by_subject(questions: Sequence[Question]) -> dict[str, list[int]]:
     return {subject: [i for i, question in enumerate(questions) if question.subject == subject] for subject in subjects}
 
 
-def _accuracies(questions: Sequence[Question], correct: np.ndarray, seed: int) -> dict[str, Any]:
+def _accuracies(questions: Sequence[Question], correct: np.ndarray) -> dict[str, Any]:
     """Chance and, for each of WAYS, accuracy with its 95% interval.
 
     Args:
@@ -250,17 +249,12 @@ def _accuracies(questions: Sequence[Question], correct: np.ndarray, seed: int) -
     chance = float(np.mean([1 / len(question.choices) for question in questions]))
     accuracy = {}
     for way, column in zip(WAYS, correct.T, strict=True):
-        low, high = bootstrap(int(column.sum()), len(column), seed)
+        low, high = interval(int(column.sum()), len(column))
         accuracy[way] = {"value": float(column.mean()), "low": low, "high": high}
     return {"questions": len(questions), "chance": chance, "accuracy": accuracy}
 
 
-def bootstrap(right: int, questions: int, seed: int) -> tuple[float, float]:
-    """The 95% percentile interval of an accuracy, over questions drawn anew.
-
-    `questions` draws with replacement from zeros and ones, `right` of them ones, sum to a binomial number: it is drawn directly.
-    Where all answers are right, or none, the interval has no width.
-    """
-    sums = np.random.default_rng(seed).binomial(questions, right / questions, RESAMPLES)
-    low, high = np.percentile(sums / questions, [2.5, 97.5])
-    return float(low), float(high)
+def interval(right: int, questions: int) -> tuple[float, float]:
+    """The 95% interval of an accuracy by Wilson's score (Wilson 1927), which has a width where all answers are right, or none."""
+    found = stats.binomtest(right, questions).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)

@@ -168,13 +168,13 @@ def test_bytes_are_those_of_the_answer_without_the_space_before_it():
     assert result["accuracy"]["byte"]["value"] == 0
 
 
-@pytest.mark.parametrize(("right", "questions"), [(500, 2000), (30, 120)])
-def test_the_bootstrap_agrees_with_the_normal_approximation(right, questions):
-    low, high = tasks.bootstrap(right, questions, 0)
-    p = right / questions
-    half = 1.96 * math.sqrt(p * (1 - p) / questions)
-    assert abs(low - (p - half)) < 0.1 * half and abs(high - (p + half)) < 0.1 * half
-    assert (low, high) == tasks.bootstrap(right, questions, 0), "seeded"
+@pytest.mark.parametrize(("right", "questions"), [(500, 2000), (30, 120), (0, 7), (7, 7)])
+def test_the_interval_of_an_accuracy_is_where_the_score_test_just_accepts(right, questions):
+    """Wilson: the rates p from which the count is no more than 1.96 of p's own standard errors away."""
+    for p in tasks.interval(right, questions):
+        assert abs(right - questions * p) == pytest.approx(1.959964 * math.sqrt(questions * p * (1 - p)), abs=1e-5)
+    low, high = tasks.interval(right, questions)
+    assert 0 <= low < high <= 1
 
 
 def test_prompts_in_both_styles_and_with_examples():

@@ -110,7 +110,7 @@ def test_dispatches_equal_loops(router, gated):
     for method in ("dense", "capacity", "ragged", "grouped"):
         got_grads, got, dropped = by_dispatch(*inputs, config, method)
         np.testing.assert_allclose(got, y, atol=1e-5, rtol=1e-5, err_msg=method)
-        assert_trees_close(got_grads, grads, atol=1e-5)
+        assert_trees_close(got_grads, grads, atol=2e-5)  # beside entries of 20 and more: sums in another order
         assert not dropped.any()
 
 

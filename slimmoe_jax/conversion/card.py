@@ -67,7 +67,7 @@ def _usage(run: Run, native: bool) -> str:
         lines += ['inputs = tokenizer("The", return_tensors="pt")']
     lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))", "```", ""]
     lines += [
-        "transformers 5.14 or newer. The chat template breaks an end token that a message spells; other text from strangers is safe"
+        "transformers 5.16 or newer. The chat template breaks an end token that a message spells; other text from strangers is safe"
         " as `tokenizer(text, split_special_tokens=True)`."
     ]
     return "\n".join(lines)

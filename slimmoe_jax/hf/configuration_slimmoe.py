@@ -1,4 +1,4 @@
-"""Configuration of SlimMoE for `transformers` (5.14 or newer)."""
+"""Configuration of SlimMoE for `transformers` (5.16 or newer)."""
 
 from typing import Literal
 

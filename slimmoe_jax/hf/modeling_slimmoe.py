@@ -1,4 +1,4 @@
-"""PyTorch SlimMoE for `transformers` (5.14 or newer): variable grouped-query attention and adaptive mixtures of experts.
+"""PyTorch SlimMoE for `transformers` (5.16 or newer): variable grouped-query attention and adaptive mixtures of experts.
 
 Shapes: B batch, S sequence, T = B S tokens, D hidden size, N query heads, K key/value heads (by layer), H head dimension,
 R rotated dimensions of a head (by layer), E experts, F their hidden width, C most experts a token, V vocabulary.
