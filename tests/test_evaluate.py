@@ -155,7 +155,8 @@ def test_accuracy_of_a_case_worked_out_by_hand():
     result = tasks.evaluate(task_of(first, second, third), known, Bytes(), 100)
     assert {way: row["value"] for way, row in result["accuracy"].items()} == {"sum": 1 / 3, "token": 1, "byte": 1}
     assert result["chance"] == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
-    assert result["subjects"]["y"]["accuracy"]["sum"] == {"value": 1, "low": 1, "high": 1}
+    one_of_one = result["subjects"]["y"]["accuracy"]["sum"]  # Wilson: 1 / (1 + 1.96^2) at the least
+    assert one_of_one == pytest.approx({"value": 1, "low": 0.20655, "high": 1}, abs=1e-5)
     assert result["subjects"]["x"]["accuracy"]["sum"]["value"] == 0 and result["subjects"]["x"]["questions"] == 2
     assert result["answer_bits_per_byte"] == pytest.approx((5 + 7.8 + 0.5) / math.log(2) / (7 + 3 + 1))
 
