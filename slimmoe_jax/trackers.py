@@ -153,9 +153,7 @@ class Trackio:
     def write(self, row: Row) -> None:
         if not self._mark.passes(row["step"]):
             return
-        values: dict[str, Any] = dict(scalars(row))
-        if (pixels := routing_map(row)) is not None:
-            values["routing_map"] = self._library.Image(pixels, caption=f"step {row['step']}")
+        values = scalars(row) | picture(row, self._library)
         if "sample" in row:
             values["sample"] = self._library.Markdown(verbatim(row["sample"]))
         self._run.log(values, step=row["step"])
@@ -200,9 +198,7 @@ class Wandb:
     def write(self, row: Row) -> None:
         if not self._mark.passes(row["step"]):
             return
-        values: dict[str, Any] = dict(scalars(row))
-        if (pixels := routing_map(row)) is not None:
-            values["routing_map"] = self._library.Image(pixels, caption=f"step {row['step']}")
+        values = scalars(row) | picture(row, self._library)
         if "sample" in row:
             values["sample"] = self._library.Html(f"<pre>{html.escape(row['sample'])}</pre>")
         self._run.log(values, step=row["step"], commit=True)
@@ -286,6 +282,12 @@ def routing_map(row: Row) -> np.ndarray | None:
     _map(right, histogram, 1.0, "share of the tokens", "experts a token")
     canvas.draw()
     return np.array(canvas.buffer_rgba())
+
+
+def picture(row: Row, library: Any) -> dict[str, Any]:
+    """The row's routing map as the picture that `library`, trackio or wandb, takes; nothing where there is none."""
+    pixels = routing_map(row)
+    return {} if pixels is None else {"routing_map": library.Image(pixels, caption=f"step {row['step']}")}
 
 
 def _map(axes: Any, values: np.ndarray, most: float, title: str, x: str) -> None:

@@ -13,26 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from slimmoe_jax import distributed, metrics, optim, sharding, state, step
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-TINY = """
-from slimmoe_jax.config import *
-
-def get_config():
-    return TrainConfig(
-        name="tiny", steps=8, log_every=1,
-        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
-                          expert_hidden=32, dropout=0.0),
-        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=32,
-                        batch_size=8, validation_fraction=0.1),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, accumulate=2),
-        checkpoint=CheckpointConfig(every=2),
-        eval=EvalConfig(every=4, batches=2, sample_tokens=0),
-    )
-"""
+TINY = tiny.source(model__dropout=0.0, optim__accumulate=2, checkpoint__every=2, eval__sample_tokens=0)
 
 
 SLURM_PORTS = range(65535 - 2**12 + 1, 65536)  # JAX makes the coordinator's port of the job's number
@@ -48,8 +35,7 @@ def free_port(among=(0,)):
 
 def start(folder, processes, *flags):
     """Starts so many processes of one training run, each with a device of its own."""
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    return start_command(folder, processes, "train", "--config", "tiny.py", "--compilation-cache", cache, *flags)
+    return start_command(folder, processes, "train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *flags)
 
 
 def start_command(folder, processes, command, *flags, slurm=False):
@@ -98,9 +84,7 @@ def losses(run, field="loss"):
 def folder(tmp_path_factory):
     """A tiny config, its text, and a run of it in one process."""
     path = tmp_path_factory.mktemp("distributed")
-    (path / "tiny.py").write_text(TINY)
-    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
-    (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write(path, TINY)
     train(path, 1, "--workdir", "alone", *SAMPLED)
     return path
 

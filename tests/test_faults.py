@@ -1,6 +1,5 @@
 """Faults that really happen: kill -9 all over a run, flipped bytes, a full disk, a disk that became read-only."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,26 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from slimmoe_jax import checkpoint, digests, metrics, sharding, state
 from slimmoe_jax.config import CheckpointConfig, InputError, MeshConfig, ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-TINY = """
-from slimmoe_jax.config import *
-
-def get_config():
-    return TrainConfig(
-        name="tiny", steps=40, log_every=1,
-        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
-                          expert_hidden=32, dropout=0.1),
-        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=32,
-                        batch_size=8, validation_fraction=0.1),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        checkpoint=CheckpointConfig(every=1),
-        eval=EvalConfig(every=20, batches=2, sample_tokens=0),
-    )
-"""
+TINY = tiny.source(steps=40, checkpoint__every=1, eval__every=20, eval__sample_tokens=0)
 CONFIG = TrainConfig(
     model=ModelConfig(vocab_size=32, layers=2, width=16, heads=2, head_dim=8, kv_heads=(2, 1), expert_hidden=16),
     mesh=MeshConfig(data=8),
@@ -43,8 +29,7 @@ def environment():
 
 
 def train(folder, *flags):
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    words = [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", cache, *map(str, flags)]
+    words = [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *map(str, flags)]
     return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
 
 
@@ -56,9 +41,7 @@ def losses(run):
 def folder(tmp_path_factory):
     """A tiny config with its text, and a run of it that nothing happened to."""
     path = tmp_path_factory.mktemp("faults")
-    (path / "tiny.py").write_text(TINY)
-    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
-    (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write(path, TINY)
     done = train(path, "--workdir", "undisturbed")
     assert done.returncode == 0, done.stderr
     return path
@@ -120,8 +103,7 @@ print(kills, saving, runs)
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(folder):
     (folder / "killer.py").write_text(KILLER)
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    words = [sys.executable, "killer.py", "30", "0", "--config", "tiny.py", "--compilation-cache", cache]
+    words = [sys.executable, "killer.py", "30", "0", "--config", "tiny.py", "--compilation-cache", tiny.CACHE]
     done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills, saving, runs = map(int, done.stdout.split())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from slimmoe_jax import generate, model, sampling
 from slimmoe_jax.config import InputError, ModelConfig, RouterConfig
@@ -303,20 +303,9 @@ def test_the_context_slides_over_whole_exchanges(sentencepiece, system):
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-TINY = """
-from slimmoe_jax.config import *
-
-def get_config():
-    return TrainConfig(
-        name="tiny", steps=2, log_every=1,
-        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
-                          expert_hidden=32, dropout=0.1),
-        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=64,
-                        batch_size=8, validation_fraction=0.1),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
-        eval=EvalConfig(every=0, batches=1, sample_tokens=0),
-    )
-"""
+TINY = tiny.source(
+    steps=2, data__context=64, optim__warmup_steps=1, checkpoint__every=1_000, eval__every=0, eval__batches=1, eval__sample_tokens=0
+)
 
 
 def command(folder, *arguments, stdin="", module="generate"):
@@ -329,11 +318,8 @@ def command(folder, *arguments, stdin="", module="generate"):
 def run(tmp_path_factory):
     """A folder with a run of two steps in `tiny`."""
     folder = tmp_path_factory.mktemp("generate")
-    (folder / "tiny.py").write_text(TINY)
-    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    done = command(folder, "--config", "tiny.py", "--workdir", "tiny", "--compilation-cache", cache, module="train")
+    tiny.write(folder, TINY)
+    done = command(folder, "--config", "tiny.py", "--workdir", "tiny", "--compilation-cache", tiny.CACHE, module="train")
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 from test_distributed import SLURM_PORTS, TINY, free_port, losses, wait_for_steps
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,7 @@ LAUNCH = ROOT / "launch"
 SMALL = ("--model.layers", "1", "--model.kv-heads", "2", "--model.rotary", "0.5")
 # Saves only when it is told to stop, and at the end.
 QUICK = ("--checkpoint.every", "1000", "--eval.every", "0")
-QUICK += ("--compilation-cache", os.path.expanduser("~/.cache/slimmoe_jax/xla-tests"))
+QUICK += ("--compilation-cache", tiny.CACHE)
 
 
 def environment(**more):
@@ -46,10 +47,7 @@ def stand_in(folder, name, text):
 @pytest.fixture
 def folder(tmp_path):
     """A tiny config and its text."""
-    (tmp_path / "tiny.py").write_text(TINY)
-    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
+    return tiny.write(tmp_path, TINY)
 
 
 # --- what can be said without running ---------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Steps that go wrong: not-a-number and spikes leave the state as it was, are counted and named, and a batch can be run again."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from slimmoe_jax import dump, metrics, optim, sharding, spikes, state, step
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig
@@ -86,21 +86,7 @@ def test_a_spike_is_left_out_where_that_is_asked_for_and_enters_the_window(stepp
 
 # --- in a run --------------------------------------------------------------------------------------------------------
 
-TINY = """
-from slimmoe_jax.config import *
-
-def get_config():
-    return TrainConfig(
-        name="tiny", steps=70, log_every=1,
-        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
-                          expert_hidden=32, dropout=0.1),
-        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=32,
-                        batch_size=8, validation_fraction=0.1),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, skip_window=24),
-        checkpoint=CheckpointConfig(every=10),
-        eval=EvalConfig(every=0, batches=2, sample_tokens=0),
-    )
-"""
+TINY = tiny.source(steps=70, optim__skip_window=24, checkpoint__every=10, eval__every=0, eval__sample_tokens=0)
 # A config is Python: these are the same, with a reader that fails in its own way at one step.
 PATCHED = """
 import importlib.util, time
@@ -133,11 +119,9 @@ records.Batches.__next__ = spiked
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("spikes")
-    for name, text in (("tiny.py", TINY), ("stalled.py", STALLED), ("spiked.py", SPIKED)):
+    path = tiny.write(tmp_path_factory.mktemp("spikes"), TINY)
+    for name, text in (("stalled.py", STALLED), ("spiked.py", SPIKED)):
         (path / name).write_text(text)
-    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
-    (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
@@ -148,8 +132,7 @@ def command(folder, module, *flags):
 
 
 def train(folder, *flags, config="tiny.py"):
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    return command(folder, "train", "--config", config, "--compilation-cache", cache, *flags)
+    return command(folder, "train", "--config", config, "--compilation-cache", tiny.CACHE, *flags)
 
 
 def test_a_run_that_blows_up_stops_with_a_batch_that_can_be_run_again(folder):

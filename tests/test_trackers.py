@@ -18,6 +18,7 @@ import urllib.request
 import matplotlib
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from slimmoe_jax import cli, metrics, trackers, validation
@@ -26,36 +27,18 @@ from slimmoe_jax.config import InputError, TrainConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALL = ("tensorboard", "trackio", "wandb")
-TINY = """
-from slimmoe_jax.config import *
-
-def get_config():
-    return TrainConfig(
-        name="tiny", steps=8, log_every=1, trackers=("tensorboard", "trackio", "wandb"),
-        model=ModelConfig(vocab_size=300, layers=2, width=32, heads=4, head_dim=8, kv_heads=(2, 1), rotary=(1.0, 0.0),
-                          expert_hidden=32, dropout=0.1),
-        data=DataConfig(source="text.jsonl", records="records", tokenizer="sentencepiece", train_tokenizer=300, context=32,
-                        batch_size=8, validation_fraction=0.1),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        checkpoint=CheckpointConfig(every=4),
-        eval=EvalConfig(every=2, batches=2, sample_tokens=8),
-    )
-"""
+TINY = tiny.source(trackers=ALL, eval__every=2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tiny config and its text; every run of this module happens in it."""
     path = tmp_path_factory.mktemp("trackers")
-    (path / "tiny.py").write_text(TINY)
-    rows = [{"text": f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60))} for n in range(120)]
-    (path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return tiny.write(path, TINY)
 
 
 def command(*flags):
-    cache = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")
-    return [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", cache, *flags]
+    return [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *flags]
 
 
 def environment(folder, **more):
