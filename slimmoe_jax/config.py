@@ -207,14 +207,10 @@ def load(path: str | Path) -> TrainConfig:
     path = find(path)
     if path.is_dir():
         path = path / "config.json"
-    if not path.is_file():
-        raise InputError(f"no config at {path}: give a Python file with get_config(), or a run's config.json")
-    if path.suffix == ".json":
+    if path.suffix == ".json" and path.is_file():
         config: TrainConfig = from_json(_read_json(path), str(path))
         return config
-    if path.suffix != ".py":
-        raise InputError(f"{path} is not a config: give a Python file with get_config(), or a run's config.json")
-    return run_file(path, TrainConfig)[0]
+    return run_file(path, TrainConfig, ", or a run's config.json")[0]
 
 
 def find(path: str | Path) -> Path:
@@ -233,17 +229,20 @@ def find(path: str | Path) -> Path:
     return shipped.parent / path
 
 
-def run_file(path: str | Path, cls: type[C]) -> tuple[C, ModuleType]:
+def run_file(path: str | Path, cls: type[C], otherwise: str = "") -> tuple[C, ModuleType]:
     """What `get_config()` of a Python file returns, an instance of `cls`, and the file as a module.
+
+    Args:
+      otherwise: what else could have been given, to end an error's line.
 
     Raises:
       InputError: the file is missing or fails, or returns something else.
     """
     path = find(path)
     if not path.is_file():
-        raise InputError(f"no config at {path}: give a Python file with get_config()")
+        raise InputError(f"no config at {path}: give a Python file with get_config(){otherwise}")
     if path.suffix != ".py":
-        raise InputError(f"{path} is not a config: give a Python file with get_config()")
+        raise InputError(f"{path} is not a config: give a Python file with get_config(){otherwise}")
     spec = importlib.util.spec_from_file_location(f"slimmoe_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # as for every .py
     module = importlib.util.module_from_spec(spec)

@@ -32,8 +32,8 @@ def plan(config: TrainConfig, devices: int = 1) -> str:
         ("  the same with MHA", f"{cache['mha']:,} ({cache['mha'] / cache['vgqa']:.1f}x)"),
         ("tokens a step", f"{config.data.batch_size} x {context} = {tokens:,}"),
         ("steps", f"{config.steps:,}"),
-        ("tokens in all", f"{tokens * config.steps:,}"),
-        ("FLOPs in all, causal", short(flops["causal"] * tokens * config.steps)),
+        ("tokens in all", f"{metrics.train_tokens(config):,}"),
+        ("FLOPs in all, causal", short(flops["causal"] * metrics.train_tokens(config))),
     ]
     sections.append(_table("Cost", cost))
 
