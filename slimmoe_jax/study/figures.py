@@ -64,7 +64,11 @@ def loss_curves(panels: Panels, against: str) -> Figure:
         late = slice(points // 10, None)
         axes.plot(place[late], loss[late], **style | {"marker": ""}, label=f"{line.label} ({loss[-1]:.3f})")
 
-    return _panels(panels, draw, names[against], "training loss, nats a token")
+    figure = _panels(panels, draw, names[against], "training loss, nats a token")
+    if against == "flops":
+        for axes in figure.axes:
+            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))  # 4T, as the tables have it
+    return figure
 
 
 def loss_by_position(panels: Panels) -> Figure:

@@ -318,7 +318,6 @@ def _changes(runs: Mapping[str, Shown]) -> list[list[str]]:
 
 def _figures(page: Page, panels: Mapping[str, Sequence[Line]], shown: Mapping[str, Sequence[Shown]]) -> None:
     first = next(iter(shown.values()))[0]
-    several = len(shown) > 1
     over = ["seeds"] * any(len(runs) > 1 for runs in shown.values()) + ["the other axes"] * (len(panels) > 1)
     mean = f" Lines are means over {' and over '.join(over)}." if over else ""
     page.text("## Loss")
@@ -328,7 +327,7 @@ def _figures(page: Page, panels: Mapping[str, Sequence[Line]], shown: Mapping[st
         "loss_position", "Held-out loss by position, less its mean within the trained length (in brackets).",
         figures.loss_by_position(panels),
     )  # fmt: skip
-    if several:
+    if len({run.result["kv_bytes_per_token"] for runs in shown.values() for run in runs}) > 1:
         lines = [Line(name, runs) for name, runs in shown.items()]
         page.figure("loss_cache", "Validation loss against the size of the KV cache.", figures.loss_against_cache(lines))
     page.text("## Routing")
