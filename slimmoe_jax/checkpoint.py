@@ -281,7 +281,7 @@ def load_run(path: str | Path, mesh: Mesh) -> Run:
     """
     directory, wanted = config_lib.split_run_path(path)
     if not (directory / "checkpoints").is_dir():
-        raise InputError(f"{path} holds no run (there is no folder checkpoints): give the --workdir of a training run")
+        raise InputError(f"{path} holds no run (there is no folder checkpoints): give the folder of a training run")
     checkpoints = Checkpoints(directory)
     try:
         if wanted == "best" and checkpoints.best is None:

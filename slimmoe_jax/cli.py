@@ -87,7 +87,8 @@ def _one_line(boxed: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in boxed.splitlines()]
     lines = [line for line in lines[1:] if line.strip("─ ")]  # the first is the box's title
     message = " ".join(" ".join(lines).split())
-    return message.replace(" Perhaps you meant:", "; perhaps you meant").replace(" For full helptext, run", "; for all flags run")
+    message = message.replace(" Perhaps you meant:", "; perhaps you meant").replace(" Argument helptext:", "; it is described as")
+    return re.sub(r" For full helptext, (?:run|see)", "; for all flags run", message)
 
 
 def split_config(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:

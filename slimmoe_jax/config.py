@@ -21,9 +21,7 @@ from typing import Any, Literal, TypeVar
 
 C = TypeVar("C")  # a dataclass of the config
 
-# Where the configs lie that came with the package: in an installed one, and in a checkout.
-SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
-
+SHIPPED = Path(__file__).parent / "configs"  # which in a checkout is a link to configs/ at its root
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
@@ -222,11 +220,12 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() or path.parts[:1] != ("configs",):
         return path
-    shipped = next(folder for folder in SHIPPED if folder.is_dir())
-    if not (shipped.parent / path).is_file():
-        names = sorted(str(file.relative_to(shipped.parent)) for file in shipped.rglob("*.py"))
-        raise InputError(f"no config at {path}, and none of that name came with the package, which has {', '.join(names)}")
-    return shipped.parent / path
+    if not (SHIPPED.parent / path).is_file():
+        names = sorted(str(file.relative_to(SHIPPED.parent)) for file in SHIPPED.rglob("*.py"))
+        near = difflib.get_close_matches(str(path), names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+        raise InputError(f"no config at {path}, and none of that name came with the package: {hint}")
+    return SHIPPED.parent / path
 
 
 def run_file(path: str | Path, cls: type[C], otherwise: str = "") -> tuple[C, ModuleType]:

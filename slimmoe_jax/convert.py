@@ -32,6 +32,7 @@ from slimmoe_jax.conversion import card, configs, names, parity
 from slimmoe_jax.conversion import tokenizer as tokenizer_files
 from slimmoe_jax.data import records, stdlib, tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
+from slimmoe_jax.progress import waiting
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
 
@@ -151,7 +152,8 @@ def to_folder(args: ConvertArgs) -> None:
         figures = None
         if args.verify:
             say("comparing with JAX, in a fresh process")
-            figures = parity.check(folder, expected_answers(run, tokenizer), args.dtype)
+            with waiting("comparing"):
+                figures = parity.check(folder, expected_answers(run, tokenizer), args.dtype)
             (folder / "parity.json").write_text(json.dumps(figures, indent=2) + "\n")
         card.write(run, model, tokenizer, figures, args.dtype, args.native, folder)
         write_sums(folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -65,12 +66,21 @@ def held_out(
     Raises:
       InputError: there is no batch.
     """
-    sums = [eval_step(params, router, sharding.put_batch(batch, mesh)) for batch in batches]
+    sums = _run_all(functools.partial(eval_step, params, router), batches, mesh)
     if not sums:
         raise InputError("the validation split is empty: prepare the records with a larger data.validation_fraction")
     nats, targets = (sum(float(value) for value in column) for column in zip(*jax.device_get(sums), strict=True))
     loss = nats / targets
     return HeldOut(loss, int(targets), loss / math.log(2) / bytes_per_token)
+
+
+def _run_all(function: Callable[..., Any], batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> list[Any]:
+    """The function's result of each batch. One batch is made ready while another is computed, and no more: progress is real."""
+    found: list[Any] = []
+    for batch in batches:
+        found.append(function(sharding.put_batch(batch, mesh)))
+        jax.block_until_ready(found[-2:-1])
+    return found
 
 
 def make_position_step(config: TrainConfig, model: SlimMoE, end_token: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -116,7 +126,7 @@ def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_l
         scored = held_out(eval_step, run.params, run.router, batches, mesh, split.bytes_per_token)
     else:
         position_step = jax.jit(make_position_step(run.config, model, records.end_token), out_shardings=everywhere)
-        sums = [position_step(run.params, run.router, sharding.put_batch(batch, mesh)) for batch in batches]
+        sums = _run_all(functools.partial(position_step, run.params, run.router), batches, mesh)
         nats, targets = (np.array(column, np.float64).sum(axis=0) for column in zip(*jax.device_get(sums), strict=True))
         loss = float(nats.sum() / targets.sum())
         scored = HeldOut(loss, int(targets.sum()), loss / math.log(2) / split.bytes_per_token)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.model import SlimMoE
+from slimmoe_jax.progress import waiting
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
 
@@ -285,7 +287,8 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     settings = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     check(args, settings, chatting)
-    run = checkpoint.load_run(args.checkpoint, sharding.make_mesh(MeshConfig()))
+    with waiting("loading"):
+        run = checkpoint.load_run(args.checkpoint, sharding.make_mesh(MeshConfig()))
     context = run.config.data.context
     if chatting and args.tokens >= context:
         raise InputError(f"--tokens = {args.tokens} leaves no room for a prompt in a context of {context}: lower it")
@@ -354,12 +357,16 @@ def continue_prompts(weights: Weights, args: GenerateArgs, settings: Sampling, c
     options = dict(new_tokens=args.tokens, seed=args.seed)
     if len(prompts) == 1:
         stream = TextStream(weights.tokenizer)
+        tokens = stream_tokens(weights, kept[0], settings, **options)
+        with waiting("reading the prompt"):
+            first = next(tokens, None)
         write(stream.push(*prompts[0]))
-        for token in stream_tokens(weights, kept[0], settings, **options):
+        for token in itertools.chain([] if first is None else [first], tokens):
             write(stream.push(token))
         print(stream.end(), flush=True)
         return
-    continuations = generate_batch(weights, kept, settings, **options)
+    with waiting("continuing the prompts"):
+        continuations = generate_batch(weights, kept, settings, **options)
     for n, (ids, continuation) in enumerate(zip(prompts, continuations, strict=True), start=1):
         print(f"--- {n} of {len(prompts)} ---\n{weights.tokenizer.decode(ids + continuation)}", flush=True)
 
@@ -418,7 +425,10 @@ def converse(weights: Weights, args: GenerateArgs, settings: Sampling, context: 
             say("the context is full: from here on the oldest exchanges are left out")
             told = True
         reply = TextStream(weights.tokenizer, strip=True)
-        for token in stream_tokens(weights, prompt, settings, new_tokens=args.tokens, seed=args.seed + n):
+        tokens = stream_tokens(weights, prompt, settings, new_tokens=args.tokens, seed=args.seed + n)
+        with waiting("reading"):
+            first = next(tokens, None)
+        for token in itertools.chain([] if first is None else [first], tokens):
             write(reply.push(token))
         print(reply.end(), flush=True)
         if reply.text:

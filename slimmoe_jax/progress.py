@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -58,6 +60,16 @@ class Meter:
             self._console.print(line, markup=False, highlight=False)
         elif not self._quiet:
             print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Shows on a terminal that something goes on whose end nobody can foresee, and for how long; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
+        shown.add_task(label, total=None)
+        yield
 
 
 def clock(seconds: float) -> str:

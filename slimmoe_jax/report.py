@@ -64,7 +64,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 def _shown(run: Path, effort: Effort) -> Shown:
     """The run with what is measured of it: kept from an earlier time where that was of the same weights and effort."""
     if not (run / "config.json").is_file():
-        raise InputError(f"{run} holds no run (no config.json): give the --workdir of a training run")
+        raise InputError(f"{run} holds no run (no config.json): give the folder of a training run")
     config, kept = config_lib.load(run), _kept(run / "result.json")
     checkpoints = checkpoint.Checkpoints(run)
     step = checkpoints.latest

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from slimmoe_jax.config import DataConfig, InputError, parts
 from slimmoe_jax.data import multiple_choice, prepare, records, sources, units
@@ -256,5 +255,7 @@ def _accuracies(questions: Sequence[Question], correct: np.ndarray) -> dict[str,
 
 def interval(right: int, questions: int) -> tuple[float, float]:
     """The 95% interval of an accuracy by Wilson's score (Wilson 1927), which has a width where all answers are right, or none."""
+    from scipy import stats  # here: it takes a second, and training, which never asks, imports this module
+
     found = stats.binomtest(right, questions).proportion_ci(method="wilson")
     return float(found.low), float(found.high)

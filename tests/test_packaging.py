@@ -93,11 +93,13 @@ def test_a_config_of_ones_own_comes_before_the_shipped_one(tmp_path, monkeypatch
 def test_a_config_that_nobody_has_ends_with_those_there_are(tmp_path, monkeypatch, load):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
-        load("configs/quikstart.py")
+        load("configs/another.py")
     message = str(caught.value)
-    assert message.startswith("no config at configs/quikstart.py") and "\n" not in message
+    assert message.startswith("no config at configs/another.py") and "\n" not in message
     shipped = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.py")}
-    assert set(message.split("which has ")[1].split(", ")) == shipped
+    assert set(message.split("it has ")[1].split(", ")) == shipped
+    with pytest.raises(InputError, match=re.escape("did you mean configs/quickstart.py?")):
+        load("configs/quikstart.py")
     with pytest.raises(InputError, match="no config at elsewhere/quickstart.py: give a Python file"):
         load("elsewhere/quickstart.py")
 

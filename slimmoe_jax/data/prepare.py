@@ -35,7 +35,7 @@ from slimmoe_jax.data import sources as sources_lib
 from slimmoe_jax.data.sources import Interrupted, Source
 from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
 from slimmoe_jax.locking import locked
-from slimmoe_jax.progress import Meter, short
+from slimmoe_jax.progress import Meter, short, waiting
 
 _NAMED = 5  # bad rows and ignored files that are named
 _TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained on, from the source's start
@@ -173,7 +173,8 @@ def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tok
         return tokenizer
     path = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").exists():
-        tokenizers.train_sentencepiece(_first_texts(data, source), data.train_tokenizer, path)
+        with waiting(f"training a vocabulary of {data.train_tokenizer:,} pieces"):
+            tokenizers.train_sentencepiece(_first_texts(data, source), data.train_tokenizer, path)
         units.write_json(folder / "tokenizer.json", tokenizers.describe(tokenizers.SentencePiece(path)))
     return tokenizers.saved(folder)
 

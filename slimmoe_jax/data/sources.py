@@ -9,6 +9,7 @@ and after every restart.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib
@@ -356,7 +357,9 @@ def _hub(spec: str, field: str | None, split: str) -> Source:
 # --- the standard library --------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _stdlib(with_sources: bool, form: str) -> Source:
+    print("reading the standard library", file=sys.stderr, flush=True)  # which takes seconds
     of_form: dict[str, Callable[[], list[Any]]] = {"chat": stdlib.conversations, "multiple_choice": stdlib.questions}
     rows = of_form.get(form, lambda: stdlib.texts(with_sources))()
     size = sum(_size(row) for row in rows)
