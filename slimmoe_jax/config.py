@@ -222,7 +222,7 @@ def find(path: str | Path) -> Path:
         return path
     if not (SHIPPED.parent / path).is_file():
         names = sorted(str(file.relative_to(SHIPPED.parent)) for file in SHIPPED.rglob("*.py"))
-        near = difflib.get_close_matches(str(path), names, n=1)
+        near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.85)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
         raise InputError(f"no config at {path}, and none of that name came with the package: {hint}")
     return SHIPPED.parent / path

@@ -77,7 +77,7 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     assert config_lib.load("configs/quickstart.py") == config_lib.load(ROOT / "configs" / "quickstart.py")
     assert design.load("./configs/ablations/headline.py") == design.load(ROOT / "configs" / "ablations" / "headline.py")
     for file in (ROOT / "configs").rglob("*.py"):
-        assert config_lib.find(file.relative_to(ROOT)) == file
+        assert config_lib.find(file.relative_to(ROOT)).samefile(file)
 
 
 def test_a_config_of_ones_own_comes_before_the_shipped_one(tmp_path, monkeypatch):
