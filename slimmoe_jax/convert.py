@@ -80,8 +80,8 @@ def parse(argv: Sequence[str]) -> ConvertArgs:
         raise InputError("give either --checkpoint RUN, to write a Hugging Face folder, or --from-hf DIR, to write a run")
     if not args.out:
         raise InputError("--out is missing: name the folder to write")
-    for name in ("native", "uniform_kv", "push_to_hub"):
-        if args.from_hf and getattr(args, name):
+    for name in ("dtype", "format", "native", "uniform_kv", "max_shard_size", "push_to_hub"):
+        if args.from_hf and getattr(args, name) != getattr(ConvertArgs, name):
             raise InputError(f"--{name.replace('_', '-')} goes with --checkpoint, not with --from-hf: leave it out")
     out = Path(args.out).expanduser()
     if out.exists() and not (args.overwrite or (out.is_dir() and not any(out.iterdir()))):
@@ -299,7 +299,7 @@ def to_run(folder: Path, args: ConvertArgs) -> None:
         checkpoints.save_weights(step, params, router, config)
         checkpoints.close()
     say(f"written to {out}. Next:")
-    say(f"  python -m slimmoe_jax.generate --checkpoint {out} --prompt The")
+    say(f"  python -m slimmoe_jax.generate --checkpoint {out} {'--chat' if config.data.format == 'chat' else '--prompt The'}")
     say(f"  python -m slimmoe_jax.train --config CONFIG.py --init-from {out} --data.tokenizer inherit")
 
 

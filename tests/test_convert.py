@@ -474,6 +474,7 @@ def test_the_command_says_what_to_mend(run, folder, tmp_path):
         ("--checkpoint", tmp_path / "none", "--out", tmp_path / "x"): "holds no run",
         ("--checkpoint", run, "--out", tmp_path / "x", "--max-shard-size", "many"): "--max-shard-size many: give a size",
         ("--from-hf", folder, "--out", tmp_path / "x", "--native"): "--native goes with --checkpoint",
+        ("--from-hf", folder, "--out", tmp_path / "x", "--dtype", "bfloat16"): "--dtype goes with --checkpoint",
         ("--checkpoint", run, "--out", tmp_path / "x", "--dtype", "int8"): "int8",
     }
     for words, message in cases.items():
