@@ -17,7 +17,7 @@ case " $* " in
 esac
 
 if [ "${JAX_PLATFORMS:-}" != cpu ]; then
-  if ! { command -v nvidia-smi && nvidia-smi --list-gpus; } >&2; then
+  if ! command -v nvidia-smi > /dev/null || ! nvidia-smi --list-gpus >&2; then
     echo "error: nvidia-smi shows no GPU: mend the driver, or set JAX_PLATFORMS=cpu to train without one" >&2
     exit 2
   fi

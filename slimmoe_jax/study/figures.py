@@ -28,7 +28,7 @@ from slimmoe_jax.study import measure, statistics  # noqa: E402
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SMOOTHED = 0.05  # share of a training that a training loss is averaged over, to be seen through its noise
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+LOOKS: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ Panels = Mapping[str, Sequence[Line]]  # title -> lines
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
+@plt.rc_context(LOOKS)
 def loss_curves(panels: Panels, against: str) -> Figure:
     """Training loss against `flops` or `seconds`, smoothed. The first tenth is left out of the scale, where all fall alike."""
     names = {"flops": "training FLOPs", "seconds": "seconds of training"}
@@ -71,6 +72,7 @@ def loss_curves(panels: Panels, against: str) -> Figure:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def loss_by_position(panels: Panels) -> Figure:
     """Held-out loss by position, up to four times the trained length, as a difference from each line's own mean within it.
 
@@ -96,6 +98,7 @@ def loss_by_position(panels: Panels) -> Figure:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def loss_against_cache(lines: Sequence[Line]) -> Figure:
     """Validation loss against the size of the KV cache, with the 95% interval over seeds."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
@@ -111,6 +114,7 @@ def loss_against_cache(lines: Sequence[Line]) -> Figure:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def differences(found: Sequence[statistics.Difference], reference: str, unit: str) -> Figure | None:
     """Each arm's difference from the reference with its interval, and the noise floor as a band."""
     if not found:
@@ -133,6 +137,7 @@ def differences(found: Sequence[statistics.Difference], reference: str, unit: st
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
+@plt.rc_context(LOOKS)
 def load_maps(run: Shown) -> Figure | None:
     """Share of choices that each expert got, by layer and step."""
     rows = [row for row in metrics.read_jsonl(run.directory / "metrics.jsonl") if "load" in row]
@@ -151,6 +156,7 @@ def load_maps(run: Shown) -> Figure | None:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def experts_by_frequency(panels: Panels) -> Figure | None:
     """Experts that a token uses, by how frequent it is in the training text."""
 
@@ -168,6 +174,7 @@ def experts_by_frequency(panels: Panels) -> Figure | None:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def saturation(panels: Panels) -> Figure | None:
     """Share of the final routing that was there already at earlier checkpoints."""
 
@@ -185,6 +192,7 @@ def saturation(panels: Panels) -> Figure | None:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def class_maps(run: Shown, what: str) -> Figure | None:
     """Shares of experts by class of token (`classes`) or by source (`by_source`), a map for each layer."""
     if what == "by_source":
@@ -236,6 +244,7 @@ def _layer_maps(
 # --- probes ----------------------------------------------------------------------------------------------------------
 
 
+@plt.rc_context(LOOKS)
 def copying(panels: Panels) -> Figure | None:
     """What having seen a passage before is worth, by distance."""
 
@@ -254,6 +263,7 @@ def copying(panels: Panels) -> Figure | None:
     return figure
 
 
+@plt.rc_context(LOOKS)
 def needles(panels: Panels) -> Figure | None:
     """What a needle in the context is worth where its value is asked for, by depth, at the trained length and beyond."""
 
