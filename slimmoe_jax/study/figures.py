@@ -7,9 +7,10 @@ styles and markers beside them, so that a figure printed in grey can be read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import matplotlib
 
@@ -28,7 +29,8 @@ from slimmoe_jax.study import measure, statistics  # noqa: E402
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SMOOTHED = 0.05  # share of a training that a training loss is averaged over, to be seen through its noise
-LOOKS: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+LOOKS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,21 @@ class Line:
 Panels = Mapping[str, Sequence[Line]]  # title -> lines
 
 
+def _styled(draw: Drawing) -> Drawing:
+    """Draws with LOOKS and leaves matplotlib's settings as they were, which belong to whoever imports this."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any, **more: Any) -> Any:
+        with plt.rc_context(LOOKS):
+            return draw(*args, **more)
+
+    return cast(Drawing, styled)
+
+
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def loss_curves(panels: Panels, against: str) -> Figure:
     """Training loss against `flops` or `seconds`, smoothed. The first tenth is left out of the scale, where all fall alike."""
     names = {"flops": "training FLOPs", "seconds": "seconds of training"}
@@ -72,7 +85,7 @@ def loss_curves(panels: Panels, against: str) -> Figure:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def loss_by_position(panels: Panels) -> Figure:
     """Held-out loss by position, up to four times the trained length, as a difference from each line's own mean within it.
 
@@ -98,7 +111,7 @@ def loss_by_position(panels: Panels) -> Figure:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def loss_against_cache(lines: Sequence[Line]) -> Figure:
     """Validation loss against the size of the KV cache, with the 95% interval over seeds."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
@@ -114,7 +127,7 @@ def loss_against_cache(lines: Sequence[Line]) -> Figure:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def differences(found: Sequence[statistics.Difference], reference: str, unit: str) -> Figure | None:
     """Each arm's difference from the reference with its interval, and the noise floor as a band."""
     if not found:
@@ -137,7 +150,7 @@ def differences(found: Sequence[statistics.Difference], reference: str, unit: st
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def load_maps(run: Shown) -> Figure | None:
     """Share of choices that each expert got, by layer and step."""
     rows = [row for row in metrics.read_jsonl(run.directory / "metrics.jsonl") if "load" in row]
@@ -156,7 +169,7 @@ def load_maps(run: Shown) -> Figure | None:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def experts_by_frequency(panels: Panels) -> Figure | None:
     """Experts that a token uses, by how frequent it is in the training text."""
 
@@ -174,7 +187,7 @@ def experts_by_frequency(panels: Panels) -> Figure | None:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def saturation(panels: Panels) -> Figure | None:
     """Share of the final routing that was there already at earlier checkpoints."""
 
@@ -192,7 +205,7 @@ def saturation(panels: Panels) -> Figure | None:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def class_maps(run: Shown, what: str) -> Figure | None:
     """Shares of experts by class of token (`classes`) or by source (`by_source`), a map for each layer."""
     if what == "by_source":
@@ -244,7 +257,7 @@ def _layer_maps(
 # --- probes ----------------------------------------------------------------------------------------------------------
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def copying(panels: Panels) -> Figure | None:
     """What having seen a passage before is worth, by distance."""
 
@@ -263,7 +276,7 @@ def copying(panels: Panels) -> Figure | None:
     return figure
 
 
-@plt.rc_context(LOOKS)
+@_styled
 def needles(panels: Panels) -> Figure | None:
     """What a needle in the context is worth where its value is asked for, by depth, at the trained length and beyond."""
 
