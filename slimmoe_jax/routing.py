@@ -21,6 +21,9 @@ from slimmoe_jax.config import ModelConfig, RouterConfig
 
 # An expert with less than this share of an even load counts as dead.
 DEAD_BELOW = 0.01
+# The ReLU router's L1 weight goes no lower. It does nothing there already; a target that is not reached for hundreds of steps would
+# otherwise take it to where as many are needed to come back, and in the end to 0, from where no factor leads.
+L1_LEAST = 1e-12
 
 
 class RouterState(struct.PyTreeNode):
@@ -137,7 +140,8 @@ def update(state: RouterState, stats: RoutingStats, config: RouterConfig) -> Rou
         state = _control_threshold(state, config.target_experts - mean_experts, config)
     if config.target_experts and config.kind == "relu":
         direction = jnp.sign(mean_experts - config.target_experts)
-        state = state.replace(l1_weight=state.l1_weight * config.l1_factor**direction)
+        least = min(L1_LEAST, config.l1_initial)
+        state = state.replace(l1_weight=jnp.maximum(state.l1_weight * config.l1_factor**direction, least))
     return state
 
 

@@ -274,6 +274,19 @@ def test_relu_controller_multiplies_and_divides():
     assert float(off.l1_weight) == pytest.approx(1e-4)
 
 
+def test_the_l1_weight_comes_back_after_long_below_its_target():
+    """A thousand steps of too few experts would leave 1e-8 / 1.2^1000, which is 0; it waits at 1e-12, and ten steps undo ten."""
+    config = RouterConfig(kind="relu", target_experts=1.5, l1_initial=1e-8, l1_factor=1.2)
+    state, stats = RouterState.initial(ModelConfig(layers=1, router=config)), make_stats(1, tokens=[10])
+    few, many = (stats.replace(counts=np.full((1, E), used / E, np.float32)) for used in (10.0, 20.0))
+    for _ in range(1000):
+        state = jit_update(state, few, config)
+    assert float(state.l1_weight) == pytest.approx(1e-12)
+    for _ in range(10):
+        state = jit_update(state, many, config)
+    assert float(state.l1_weight) == pytest.approx(1e-12 * 1.2**10, rel=1e-4)
+
+
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
