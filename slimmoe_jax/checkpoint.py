@@ -226,13 +226,10 @@ def _compare_digests(restored: Any) -> None:
     """Raises ValueError where an item is not what was saved."""
     for item, kept in (restored.get("digests") or {}).items():
         if item in restored:
-            if item == "data":
-                if _json_digest(restored[item]) != kept:
-                    raise ValueError(f"{item} is not what was saved")
-                continue
-            found = digests.of_tree(restored[item])
-            if found != kept:
-                names = [name for name in kept if found.get(name) != kept[name]]
+            wanted = {"": kept} if item == "data" else kept  # of one digest, without a name
+            found = {"": _json_digest(restored[item])} if item == "data" else digests.of_tree(restored[item])
+            if found != wanted:
+                names = [name for name in wanted if found.get(name) != wanted[name]]
                 raise ValueError(f"{item}{names[0] if names else ''} is not what was saved")
 
 

@@ -177,6 +177,13 @@ def stream_tokens(
         yield from until_end(chunk[0], weights.tokenizer.end_token)
 
 
+def first_waited_for(tokens: Iterator[int]) -> Iterator[int]:
+    """The same tokens. The first is waited for at once, visibly: it takes the reading of the prompt, and compilation."""
+    with waiting("reading the prompt"):
+        first = list(itertools.islice(tokens, 1))
+    return itertools.chain(first, tokens)
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -357,11 +364,9 @@ def continue_prompts(weights: Weights, args: GenerateArgs, settings: Sampling, c
     options = dict(new_tokens=args.tokens, seed=args.seed)
     if len(prompts) == 1:
         stream = TextStream(weights.tokenizer)
-        tokens = stream_tokens(weights, kept[0], settings, **options)
-        with waiting("reading the prompt"):
-            first = next(tokens, None)
+        tokens = first_waited_for(stream_tokens(weights, kept[0], settings, **options))
         write(stream.push(*prompts[0]))
-        for token in itertools.chain([] if first is None else [first], tokens):
+        for token in tokens:
             write(stream.push(token))
         print(stream.end(), flush=True)
         return
@@ -425,10 +430,7 @@ def converse(weights: Weights, args: GenerateArgs, settings: Sampling, context: 
             say("the context is full: from here on the oldest exchanges are left out")
             told = True
         reply = TextStream(weights.tokenizer, strip=True)
-        tokens = stream_tokens(weights, prompt, settings, new_tokens=args.tokens, seed=args.seed + n)
-        with waiting("reading"):
-            first = next(tokens, None)
-        for token in itertools.chain([] if first is None else [first], tokens):
+        for token in first_waited_for(stream_tokens(weights, prompt, settings, new_tokens=args.tokens, seed=args.seed + n)):
             write(reply.push(token))
         print(reply.end(), flush=True)
         if reply.text:

@@ -160,7 +160,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
                 break
             last = signals.stop_after(number) or number == config.steps
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
-            if signals.received is not None:
+            if last and signals.received is not None:
                 say(f"{signals.received.name}: saving step {number}")
             if evaluated or last or number % config.checkpoint.every == 0:
                 log.step(*pending, hold=evaluated)

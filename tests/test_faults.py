@@ -29,8 +29,7 @@ def environment():
 
 
 def train(folder, *flags):
-    words = [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *map(str, flags)]
-    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+    return subprocess.run(tiny.train_command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
 
 
 def losses(run):

@@ -33,12 +33,7 @@ TINY = tiny.source(trackers=ALL, eval__every=2)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tiny config and its text; every run of this module happens in it."""
-    path = tmp_path_factory.mktemp("trackers")
-    return tiny.write(path, TINY)
-
-
-def command(*flags):
-    return [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *flags]
+    return tiny.write(tmp_path_factory.mktemp("trackers"), TINY)
 
 
 def environment(folder, **more):
@@ -50,7 +45,7 @@ def environment(folder, **more):
 
 
 def train(folder, *flags, **more):
-    done = subprocess.run(command(*flags), cwd=folder, env=environment(folder, **more), capture_output=True, text=True)
+    done = subprocess.run(tiny.train_command(*flags), cwd=folder, env=environment(folder, **more), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -359,7 +354,7 @@ def test_of_two_processes_only_the_first_writes(folder, run):
     for process in range(2):
         words = ["--coordinator", coordinator, "--processes", "2", "--process", str(process), "--workdir", "two"]
         env = environment(folder, TRACKIO_DIR=str(folder / "trackio-two"))
-        started.append(subprocess.Popen(command(*words), cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(tiny.train_command(*words), cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
     said = [process.communicate()[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n---\n".join(said)
     assert "trackio run two-" in said[0] and "track" not in said[1] and "wandb" not in said[1]

@@ -22,12 +22,7 @@ TINY = tiny.source()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tiny config and its text; every run of this module happens in it."""
-    path = tmp_path_factory.mktemp("train")
-    return tiny.write(path, TINY)
-
-
-def command(*flags):
-    return [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *flags]
+    return tiny.write(tmp_path_factory.mktemp("train"), TINY)
 
 
 def environment(devices=1, **more):
@@ -36,7 +31,7 @@ def environment(devices=1, **more):
 
 
 def train(folder, *flags, devices=1, **more):
-    done = subprocess.run(command(*flags), cwd=folder, env=environment(devices, **more), capture_output=True, text=True)
+    done = subprocess.run(tiny.train_command(*flags), cwd=folder, env=environment(devices, **more), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -124,7 +119,9 @@ def test_a_run_moves_to_eight_devices_and_back(folder, reference):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_a_second_one_changes_nothing(folder, reference, number):
     name = f"stopped-{number.name}"
-    process = subprocess.Popen(command("--workdir", name), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        tiny.train_command("--workdir", name), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     path = folder / name / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= 1):
         time.sleep(0.005)
@@ -212,7 +209,9 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, reference, flags, mess
 
 
 def test_bad_input_ends_the_command_with_2(folder):
-    done = subprocess.run(command("--model.kv-heads", "3"), cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        tiny.train_command("--model.kv-heads", "3"), cwd=folder, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: model.kv_heads = 3") and done.stderr.count("\n") == 1
 
 
@@ -238,7 +237,7 @@ def test_another_tokenizer_is_refused_though_its_size_fits(folder, reference):
     manifest = (folder / "anew" / "manifest.json").read_text()
     (folder / "anew" / "manifest.json").write_text(manifest.replace('"other.jsonl"', '"text.jsonl"'))
     for flags in (["--workdir", "whole", "--steps", "9", "--data.records", "anew"], ["--init-from", "whole", *common]):
-        done = subprocess.run(command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(tiny.train_command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
         assert done.returncode == 2 and "made with another tokenizer" in done.stderr and done.stderr.count("\n") == 1
 
 

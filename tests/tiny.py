@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 CACHE = os.path.expanduser("~/.cache/slimmoe_jax/xla-tests")  # of compiled programs, which all tests share
 TEXTS = [f"Document {n}: " + " ".join(f"word{(n * 7 + i) % 50}" for i in range(60)) for n in range(120)]
@@ -26,6 +27,11 @@ def source(**changes):
     """The config's file, with some fields changed; a dot in a field's name is written as two underscores."""
     fields = {name.replace("__", "."): value for name, value in changes.items()}
     return f"{_SOURCE}    return override(config, {fields!r})\n"
+
+
+def train_command(*flags):
+    """The words that train tiny.py in its folder."""
+    return [sys.executable, "-m", "slimmoe_jax.train", "--config", "tiny.py", "--compilation-cache", CACHE, *map(str, flags)]
 
 
 def write(folder, config):
