@@ -37,7 +37,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from common import cores, header, machine, row, spread  # noqa: E402
 
-from slimmoe_jax import generate, metrics, model  # noqa: E402
+from slimmoe_jax import decoding, metrics, model  # noqa: E402
 from slimmoe_jax.config import ModelConfig, RouterConfig  # noqa: E402
 from slimmoe_jax.conversion import names  # noqa: E402
 from slimmoe_jax.routing import RouterState  # noqa: E402
@@ -56,20 +56,20 @@ class NoEnd:
     end_token = -1
 
 
-def with_weights(config: ModelConfig) -> generate.Weights:
+def with_weights(config: ModelConfig) -> decoding.Weights:
     """A model with random weights, in float32."""
     network = model.SlimMoE(config)
     params = nn.unbox(jax.jit(lambda key: model.init(network, key))(jax.random.key(0)))
-    return generate.Weights(network, params, RouterState.initial(config), NoEnd())
+    return decoding.Weights(network, params, RouterState.initial(config), NoEnd())
 
 
-def cast(weights: generate.Weights, dtype: str) -> generate.Weights:
+def cast(weights: decoding.Weights, dtype: str) -> decoding.Weights:
     """The model computing in another type."""
     network = model.SlimMoE(weights.model.config, dtype=jnp.dtype(dtype))
-    return weights._replace(model=network, params=generate.cast_once(weights.params, network.dtype))
+    return weights._replace(model=network, params=decoding.cast_once(weights.params, network.dtype))
 
 
-def build(args: argparse.Namespace) -> tuple[generate.Weights, ModelConfig]:
+def build(args: argparse.Namespace) -> tuple[decoding.Weights, ModelConfig]:
     """Our model as Mixtral in float32, its weights large enough that the likeliest token is never a near tie."""
     config = ModelConfig(
         vocab_size=args.vocabulary, layers=args.layers, width=args.width, heads=args.width // 64, head_dim=64, kv_heads=(2,),
@@ -131,7 +131,7 @@ def against_transformers(args: argparse.Namespace) -> None:
 
     def ours(prompts: np.ndarray, chunk: int) -> np.ndarray:
         options = dict(new_tokens=args.new, seed=0, chunk=chunk)
-        return np.concatenate(list(generate.generate_tokens(weights, prompts, GREEDY, **options)), axis=1)
+        return np.concatenate(list(decoding.generate_tokens(weights, prompts, GREEDY, **options)), axis=1)
 
     def theirs(prompts: np.ndarray, experts: str, threads: int) -> np.ndarray:
         torch.set_num_threads(threads)
@@ -182,9 +182,9 @@ def variants(args: argparse.Namespace) -> dict[str, ModelConfig]:
     return {name: ModelConfig(kv_heads=kv, **common) for name, kv in kv_heads.items()}
 
 
-def cache_bytes(decoding: generate.Decoding) -> float:
+def cache_bytes(end: decoding.Decoding) -> float:
     """Bytes of keys and values for each token that the cache has room for, from its arrays."""
-    cache = decoding.cache
+    cache = end.cache
     return sum(array.nbytes for array in (*cache.keys, *cache.values)) / cache.positions.size
 
 
@@ -197,17 +197,17 @@ def check_bytes(name: str, counted: dict[str, int], found: dict[str, float]) -> 
         )
 
 
-def timed(weights: generate.Weights, prompts: np.ndarray, new: int) -> tuple[float, float, generate.Decoding]:
+def timed(weights: decoding.Weights, prompts: np.ndarray, new: int) -> tuple[float, float, decoding.Decoding]:
     """Seconds of the prefill, seconds of the decoding after it, and where it ended."""
     network, params, router, _ = weights
-    room = -(-new // generate.ROOM) * generate.ROOM
+    room = -(-new // decoding.ROOM) * decoding.ROOM
     started = time.perf_counter()
-    inputs = (*generate.pad_left(prompts), GREEDY, np.uint32(0))
-    decoding = jax.block_until_ready(generate.prefill(network, params, router, *inputs, room=room, end_token=NoEnd.end_token))
+    inputs = (*decoding.pad_left(prompts), GREEDY, np.uint32(0))
+    end = jax.block_until_ready(decoding.prefill(network, params, router, *inputs, room=room, end_token=NoEnd.end_token))
     filled = time.perf_counter()
-    decoding = generate.decode(network, params, router, decoding, GREEDY, np.int32(new), end_token=NoEnd.end_token)
-    jax.block_until_ready(decoding)
-    return filled - started, time.perf_counter() - filled, decoding
+    end = decoding.decode(network, params, router, end, GREEDY, np.int32(new), end_token=NoEnd.end_token)
+    jax.block_until_ready(end)
+    return filled - started, time.perf_counter() - filled, end
 
 
 def against_each_other(args: argparse.Namespace) -> None:
@@ -232,9 +232,9 @@ def against_each_other(args: argparse.Namespace) -> None:
         prefill, rates = {name: [] for name in weights}, {name: [] for name in weights}
         for _ in range(args.repeats):
             for name, side in weights.items():
-                filling, decoding, _ = timed(side, prompts[batch], args.new)
+                filling, stepping, _ = timed(side, prompts[batch], args.new)
                 prefill[name].append(1e3 * filling)
-                rates[name].append(batch * (args.new - 1) / decoding)  # the first token is the prefill's
+                rates[name].append(batch * (args.new - 1) / stepping)  # the first token is the prefill's
         for name, config in configs.items():
             size = sum(metrics.parameter_counts(config).values())
             faster = statistics.median(rates[name]) / statistics.median(rates["MHA"])

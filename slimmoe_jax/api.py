@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import checkpoint, evaluate, generate, sampling, sharding, state
+from slimmoe_jax import checkpoint, decoding, evaluate, sampling, sharding, state
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
+from slimmoe_jax.decoding import Weights
 from slimmoe_jax.evaluate import EvaluateArgs
-from slimmoe_jax.generate import Weights
 from slimmoe_jax.model import Output, SlimMoE
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
@@ -65,7 +65,7 @@ class Trained:
 
     def encode(self, text: str) -> np.ndarray:
         """A text's tokens as a batch of one, [1, S] int32."""
-        return np.array([generate.encode_text(text, self.tokenizer)], np.int32)
+        return np.array([decoding.encode_text(text, self.tokenizer)], np.int32)
 
     def apply(self, tokens: Any) -> Output:
         """Runs the model, without dropout.
@@ -94,9 +94,9 @@ class Trained:
         """
         settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         sampling.check(settings)
-        prompts = [generate.encode_text(text, self.tokenizer) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        kept = [generate.newest(ids, self.config.data.context, tokens) for ids in prompts]
-        continuations = generate.generate_batch(self._weights, kept, settings, new_tokens=tokens, seed=seed)
+        prompts = [decoding.encode_text(text, self.tokenizer) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        kept = [decoding.newest(ids, self.config.data.context, tokens) for ids in prompts]
+        continuations = decoding.generate_batch(self._weights, kept, settings, new_tokens=tokens, seed=seed)
         texts = [self.tokenizer.decode(ids + more) for ids, more in zip(prompts, continuations, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -115,10 +115,10 @@ class Trained:
             raise InputError(f"messages: {error}: give a list of {{'role', 'content'}}, the user's turn last") from error
         if not turns or turns[-1].role != "user":
             raise InputError("messages end without a turn of the user: there is nothing to reply to")
-        _, prompt = generate.fit_history(turns, self.tokenizer, self.config.data.context - tokens)
+        _, prompt = chat.fit_history(turns, self.tokenizer, self.config.data.context - tokens)
         settings = Sampling(temperature=temperature)
         sampling.check(settings)
-        (reply,) = generate.generate_batch(self._weights, [prompt], settings, new_tokens=tokens, seed=seed)
+        (reply,) = decoding.generate_batch(self._weights, [prompt], settings, new_tokens=tokens, seed=seed)
         return self.tokenizer.decode(reply).strip()
 
     def evaluate(self, *tasks: str, **options: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Trained:
 
     @functools.cached_property
     def _weights(self) -> Weights:
-        return Weights(self.model, generate.cast_once(self.params, self.model.dtype), self.router, self.tokenizer)
+        return Weights(self.model, decoding.cast_once(self.params, self.model.dtype), self.router, self.tokenizer)
 
 
 @functools.partial(jax.jit, static_argnames="model")

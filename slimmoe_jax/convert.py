@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimmoe_jax import checkpoint, cli, generate, sharding, state, validation
+from slimmoe_jax import checkpoint, cli, decoding, sharding, state, validation
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
@@ -241,9 +241,9 @@ def expected_answers(run: Run, tokenizer: Tokenizer) -> parity.Expected:
     apply = jax.jit(lambda params, router, row: model.apply({"params": params}, row[None], router).logits()[0])
     with jax.default_matmul_precision("highest"):
         logits = np.stack([jax.device_get(apply(run.params, run.router, row)) for row in tokens])
-        weights = generate.Weights(model, run.params, run.router, cast(Tokenizer, _NoEnd()))
+        weights = decoding.Weights(model, run.params, run.router, cast(Tokenizer, _NoEnd()))
         prompt = tokens[0, : parity.PROMPT].tolist()
-        (generated,) = generate.generate_tokens(weights, [prompt], Sampling(temperature=0.0), new_tokens=parity.NEW_TOKENS, seed=0)
+        (generated,) = decoding.generate_tokens(weights, [prompt], Sampling(temperature=0.0), new_tokens=parity.NEW_TOKENS, seed=0)
     return parity.Expected(tokens, logits, generated[0])
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimmoe_jax import checkpoint as checkpoint_lib
-from slimmoe_jax import cli, generate, likelihood, sharding, state
+from slimmoe_jax import cli, decoding, likelihood, sharding, state
 from slimmoe_jax.config import InputError, MeshConfig
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.likelihood import Pair
@@ -72,7 +72,7 @@ class SlimMoELM(LM):
         self._max_gen_toks = int(max_gen_toks)
         self._context = run.config.data.context
         self._tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
-        self._weights = generate.Weights(state.build_model(run.config), run.params, run.router, self._tokenizer)
+        self._weights = decoding.Weights(state.build_model(run.config), run.params, run.router, self._tokenizer)
         self._scorer = likelihood.Scorer(self._weights.model, run.params, run.router, mesh, self.batch_size)
 
     # --- log-likelihood ---
@@ -146,11 +146,11 @@ class SlimMoELM(LM):
     def _generate(self, prompts: list[list[int]], wanted: _Wanted, new_tokens: int) -> list[str]:
         rows = prompts + prompts[-1:] * (self.batch_size - len(prompts))  # a full batch: no program of its own for the last one
         ids: list[list[int]] = [[] for _ in rows]
-        chunks = generate.generate_tokens(self._weights, rows, wanted.sampling, new_tokens=new_tokens, seed=0, chunk=_CHUNK)
+        chunks = decoding.generate_tokens(self._weights, rows, wanted.sampling, new_tokens=new_tokens, seed=0, chunk=_CHUNK)
         for chunk in chunks:
             for row, more in zip(ids, chunk, strict=True):
                 row += more.tolist()
-            texts = [self._tokenizer.decode(generate.until_end(row, self._tokenizer.end_token)) for row in ids]
+            texts = [self._tokenizer.decode(decoding.until_end(row, self._tokenizer.end_token)) for row in ids]
             ended = [self._tokenizer.end_token in row for row in ids]
             if all(end or any(stop in text for stop in wanted.until) for end, text in zip(ended, texts, strict=True)):
                 break

@@ -31,11 +31,11 @@ from slimmoe_jax import (
     attention,
     checkpoint,
     cli,
+    decoding,
     distributed,
     dump,
     evaluate,
     experts,
-    generate,
     host,
     metrics,
     ngrams,
@@ -266,7 +266,7 @@ def _evaluate(
     result = _held_out(config, records, eval_step, mesh, train_state)
     row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
     if config.eval.sample_tokens:  # all processes decode it together
-        row["sample"] = generate.sample_text(
+        row["sample"] = decoding.sample_text(
             model, train_state.params, train_state.router, records.tokenizer(), config.eval.prompt,
             new_tokens=config.eval.sample_tokens, temperature=config.eval.temperature, seed=config.seed,
             as_chat=config.data.format == "chat",

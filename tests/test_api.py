@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import slimmoe_jax
-from slimmoe_jax import api, cli, evaluate, generate, train
+from slimmoe_jax import api, cli, decoding, evaluate, generate, train
 from slimmoe_jax.config import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -82,7 +82,7 @@ def test_greedy_generation_follows_apply(trained):
     for _ in range(5):
         padded = np.pad([ids], ((0, 0), (0, 16 - len(ids))))  # where no token looks: one program serves all lengths
         ids.append(int(trained.apply(padded).logits()[0, len(ids) - 1].argmax()))
-    expected = trained.tokenizer.decode(generate.until_end(ids, end))
+    expected = trained.tokenizer.decode(decoding.until_end(ids, end))
     assert trained.generate("def f", tokens=5, temperature=0) == expected
 
 
@@ -102,7 +102,7 @@ def test_it_evaluates_as_the_command_does(folder, trained, monkeypatch):
 def test_it_answers_a_conversation(trained, monkeypatch):
     """As the chat does: its turns up to the newest, then the assistant's header."""
     asked = []
-    monkeypatch.setattr(generate, "generate_batch", lambda weights, prompts, *_, **__: asked.extend(prompts) or [[5, 6]])
+    monkeypatch.setattr(decoding, "generate_batch", lambda weights, prompts, *_, **__: asked.extend(prompts) or [[5, 6]])
     messages = [("system", "Brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "2 + 2")]
     reply = trained.chat([{"role": role, "content": content} for role, content in messages], tokens=4)
     assert reply == trained.tokenizer.decode([5, 6]).strip()

@@ -5,6 +5,7 @@ import string
 
 import pytest
 
+from slimmoe_jax.config import InputError
 from slimmoe_jax.data import chat, multiple_choice, tokenizers
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.multiple_choice import Question
@@ -183,3 +184,30 @@ def test_training_predicts_what_evaluation_scores(tokenizer, style):
     assert example.tokens == [*prompt, *answer, tokenizer.end_token]
     assert example.targets == [False] * len(prompt) + [True] * (len(answer) + 1)
     assert multiple_choice.encode(ICE, tokenizer, len(example.tokens) - 1, style) is None
+
+
+def conversation(exchanges, system=True):
+    turns = [Turn("system", "You are brief.")] if system else []
+    for n in range(exchanges):
+        turns += [Turn("user", f"question {n}"), Turn("assistant", f"answer {n}")]
+    return [*turns, Turn("user", "the newest question")]
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_the_context_slides_over_whole_exchanges(sentencepiece, system):
+    turns = conversation(4, system)
+    spelled = "".join(f"<|{turn.role}|>\n{turn.content}\n" for turn in turns) + "<|assistant|>\n"
+    whole, prompt = chat.fit_history(turns, sentencepiece, 10_000)
+    assert whole == turns and sentencepiece.decode(prompt).split() == spelled.split()
+    lengths = []
+    for room in range(len(prompt), 0, -1):
+        try:
+            kept, ids = chat.fit_history(turns, sentencepiece, room)
+        except InputError as error:
+            assert "room for" in str(error) and lengths[-1] == 1 + system, "refused only when nothing more can go"
+            break
+        assert len(ids) <= room
+        assert kept == turns[:system] + turns[len(turns) - len(kept) + system :], "the system's turn and the newest ones"
+        assert kept[system].role == "user"
+        lengths.append(len(kept))
+    assert sorted(set(lengths), reverse=True) == [8 + 1 + system - 2 * n for n in range(5)], "one exchange goes at a time"

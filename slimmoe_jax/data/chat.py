@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slimmoe_jax.config import InputError
 from slimmoe_jax.data.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -100,3 +101,21 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     for n, turn in enumerate(turns):
         tokens += tokenizer.encode(header(turn.role, n == 0)) + tokenizer.encode(turn.content) + [tokenizer.end_token]
     return tokens + tokenizer.encode(header("assistant", not turns))
+
+
+def fit_history(turns: list[Turn], tokenizer: Tokenizer, room: int) -> tuple[list[Turn], list[int]]:
+    """The turns that fit, and their prompt of at most `room` tokens: the oldest exchanges go first, the system's turn never.
+
+    Args:
+      turns: the system's turn if there is one, exchanges of user and assistant, and the user's newest turn.
+    Raises:
+      InputError: the newest turn does not fit by itself.
+    """
+    first = 1 if turns[0].role == "system" else 0
+    while len(prompt := encode_prompt(turns, tokenizer)) > room:
+        if len(turns) == first + 1:
+            raise InputError(
+                f"that turn makes a prompt of {len(prompt)} tokens, and there is room for {room}: say it in fewer words"
+            )
+        turns = turns[:first] + turns[first + 2 :]
+    return turns, prompt
