@@ -10,105 +10,44 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
-import hashlib
 import importlib.metadata
 import json
-import math
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 import slimmoe_jax
-from slimmoe_jax import checkpoint, cli, contamination, distributed, host, likelihood, losses, sharding, state, step, tasks
+from slimmoe_jax import (
+    checkpoint,
+    cli,
+    contamination,
+    digests,
+    distributed,
+    heldout,
+    host,
+    likelihood,
+    sharding,
+    state,
+    step,
+    tasks,
+)
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
-from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
+from slimmoe_jax.config import InputError, MeshConfig
 from slimmoe_jax.data import records as records_lib
 from slimmoe_jax.data import tokenizers
 from slimmoe_jax.data.multiple_choice import Style
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.progress import Meter
-from slimmoe_jax.routing import RouterState
 
 # --- held-out loss ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Means over held-out targets."""
-
-    loss: float  # nats a token
-    tokens: int  # targets scored
-    bits_per_byte: float
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700))
-
-
-def held_out(
-    eval_step: Callable[..., Any], params: Any, router: RouterState, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh,
-    bytes_per_token: float,
-) -> HeldOut:  # fmt: skip
-    """Runs `eval_step` (from `step.make_eval_step`, jitted) over batches of held-out records.
-
-    Args:
-      bytes_per_token: of the held-out text, to turn nats a token into bits a byte.
-    Raises:
-      InputError: there is no batch.
-    """
-    sums = _run_all(functools.partial(eval_step, params, router), batches, mesh)
-    if not sums:
-        raise InputError("the validation split is empty: prepare the records with a larger data.validation_fraction")
-    nats, targets = (sum(float(value) for value in column) for column in zip(*jax.device_get(sums), strict=True))
-    loss = nats / targets
-    return HeldOut(loss, int(targets), loss / math.log(2) / bytes_per_token)
-
-
-def _run_all(function: Callable[..., Any], batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> list[Any]:
-    """The function's result of each batch. One batch is made ready while another is computed, and no more: progress is real."""
-    found: list[Any] = []
-    for batch in batches:
-        found.append(function(sharding.put_batch(batch, mesh)))
-        jax.block_until_ready(found[-2:-1])
-    return found
-
-
-def make_position_step(config: TrainConfig, model: SlimMoE, end_token: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The function (params, router, batch) -> (sums of nats [S], numbers of targets [S]) by position.
-
-    A target's position is the number of tokens that the model could have attended to before the one that it reads: where
-    attention is kept within documents, it counts from the document's start.
-    """
-
-    def position_step(params: Any, router: RouterState, batch: step.Batch) -> tuple[jax.Array, jax.Array]:
-        inputs = step.inputs_of(batch, end_token if config.data.document_mask else None)
-        tokens, positions = inputs["tokens"], inputs.get("positions")
-        out = model.apply({"params": params}, tokens, router, positions=positions, segments=inputs.get("segments"))
-        nll = losses.token_nll(out.hidden, out.head, inputs["targets"])
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        zeros = jnp.zeros(tokens.shape[1], jnp.float32)
-        return zeros.at[positions].add(nll * inputs["weights"]), zeros.at[positions].add(inputs["weights"])
-
-    return position_step
-
-
-def position_bins(length: int, kind: Literal["powers", "equal"]) -> list[tuple[int, int]]:
-    """Bins [first, last] of positions 0 to length - 1: 0, 1, 2-3, 4-7, ..., or up to 16 of equal width."""
-    width = math.ceil(length / 16)
-    starts = [0, *(2**n for n in range(length.bit_length()))] if kind == "powers" else list(range(0, length, width))
-    starts = [start for start in starts if start < length]
-    return [(first, after - 1) for first, after in zip(starts, [*starts[1:], length], strict=True)]
 
 
 def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_lib.Records, mesh: Mesh) -> dict[str, Any]:
@@ -123,23 +62,13 @@ def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_l
     result: dict[str, Any] = {"records": str(records.directory)}
     if args.by_position == "no":
         eval_step = jax.jit(step.make_eval_step(run.config, model, records.end_token), out_shardings=everywhere)
-        scored = held_out(eval_step, run.params, run.router, batches, mesh, split.bytes_per_token)
+        scored = heldout.score(eval_step, run.params, run.router, batches, mesh, split.bytes_per_token)
     else:
-        position_step = jax.jit(make_position_step(run.config, model, records.end_token), out_shardings=everywhere)
-        sums = _run_all(functools.partial(position_step, run.params, run.router), batches, mesh)
-        nats, targets = (np.array(column, np.float64).sum(axis=0) for column in zip(*jax.device_get(sums), strict=True))
-        loss = float(nats.sum() / targets.sum())
-        scored = HeldOut(loss, int(targets.sum()), loss / math.log(2) / split.bytes_per_token)
-        result["by_position"] = [
-            {
-                "first": first,
-                "last": last,
-                "targets": int(targets[first : last + 1].sum()),
-                "loss": float(nats[first : last + 1].sum() / targets[first : last + 1].sum()),
-            }
-            for first, last in position_bins(records.context, args.by_position)
-            if targets[first : last + 1].sum()
-        ]
+        position_step = jax.jit(heldout.make_position_step(run.config, model, records.end_token), out_shardings=everywhere)
+        bins = heldout.position_bins(records.context, args.by_position)
+        scored, result["by_position"] = heldout.score_by_position(
+            position_step, run.params, run.router, batches, mesh, split.bytes_per_token, bins
+        )
     return dataclasses.asdict(scored) | {"perplexity": scored.perplexity} | result
 
 
@@ -153,19 +82,8 @@ def _metered(batches: Iterable[dict[str, np.ndarray]], total: int) -> Iterable[d
 # --- provenance ------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(params: Any, router: RouterState) -> str:
-    """sha256 over each parameter's name, type, shape and bytes, and the router state's: the same wherever the weights lie."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "router": router}):
-        values = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
-
-
-def _provenance(run: Run, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+def _provenance(run: Run, tokenizer: tokenizers.Tokenizer, behind: Sequence[contamination.Stage], lost: str) -> dict[str, Any]:
     """What the results were made with, enough to make them again."""
-    behind, lost = contamination.stages(run.directory, run.config)
     packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -174,7 +92,7 @@ def _provenance(run: Run, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
         "checkpoint": str(run.directory),
         "step": run.step,
         "precision": run.config.precision,
-        "weights_sha256": fingerprint(run.params, run.router),
+        "weights_sha256": digests.fingerprint(run.params, run.router),
         "tokenizer": tokenizers.describe(tokenizer),
         "stages": [dataclasses.asdict(stage) for stage in behind] + ([{"run": lost, "sources": None}] if lost else []),
     }
@@ -316,13 +234,13 @@ def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str,
         records = records_lib.open_records(args.records or config_lib.records_dir(run.config.data), context)
         records_lib.check_same_tokenizer(records, run.directory)
 
-    result = _provenance(run, tokenizer)
+    behind, lost = contamination.stages(run.directory, run.config)
+    result = _provenance(run, tokenizer, behind, lost)
     if records is not None:
         with sharding.use(mesh):
             result |= _validation(args, run, model, records, mesh)
     if to_do:
         scorer = likelihood.Scorer(model, run.params, run.router, mesh, args.batch_size)
-        behind, _ = contamination.stages(run.directory, run.config)
         result["tasks"] = [_task(task, args, scorer, tokenizer, run, pool, behind) for task in to_do]
     return result
 

@@ -34,8 +34,8 @@ from slimmoe_jax import (
     decoding,
     distributed,
     dump,
-    evaluate,
     experts,
+    heldout,
     host,
     metrics,
     ngrams,
@@ -261,7 +261,7 @@ def _initial_weights(config: TrainConfig, mesh: Mesh) -> checkpoint.Run:
 def _evaluate(
     config: TrainConfig, records: records_lib.Records, eval_step: Callable[..., Any], model: Any, mesh: Mesh,
     log: Log, train_state: TrainState,
-) -> evaluate.HeldOut:  # fmt: skip
+) -> heldout.HeldOut:  # fmt: skip
     """Held-out loss and a sample of text, written and shown."""
     result = _held_out(config, records, eval_step, mesh, train_state)
     row: dict[str, Any] = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
@@ -277,11 +277,11 @@ def _evaluate(
 
 def _held_out(
     config: TrainConfig, records: records_lib.Records, eval_step: Callable[..., Any], mesh: Mesh, train_state: TrainState
-) -> evaluate.HeldOut:
+) -> heldout.HeldOut:
     split = records.split("validation")
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     batches = records_lib.evaluation_batches(split, _evaluation_rows(config, mesh), config.eval.batches, **processes)
-    return evaluate.held_out(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
+    return heldout.score(eval_step, train_state.params, train_state.router, batches, mesh, split.bytes_per_token)
 
 
 def _evaluation_rows(config: TrainConfig, mesh: Mesh) -> int:

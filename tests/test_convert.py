@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from exports import MODEL, make_pieces, make_run
 
-from slimmoe_jax import checkpoint, convert, evaluate, model, sharding
+from slimmoe_jax import checkpoint, convert, digests, model, sharding
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import DataConfig, InputError, MeshConfig, RouterConfig, TrainConfig
 from slimmoe_jax.conversion import tokenizer as tokenizer_files
@@ -62,7 +62,7 @@ def folder(run, tmp_path_factory):
 
 def fingerprint(path):
     loaded = checkpoint.load_run(path, sharding.make_mesh(MeshConfig()))
-    return evaluate.fingerprint(loaded.params, loaded.router)
+    return digests.fingerprint(loaded.params, loaded.router)
 
 
 def test_a_folder_holds_all_that_its_readers_need(folder):

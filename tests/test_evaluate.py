@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import contamination, evaluate, likelihood, model, routing, sharding, step, tasks
+from slimmoe_jax import contamination, digests, evaluate, heldout, likelihood, model, routing, sharding, step, tasks
 from slimmoe_jax.config import DataConfig, InputError, MeshConfig, ModelConfig, TrainConfig
 from slimmoe_jax.data import prepare, records
 from slimmoe_jax.data.multiple_choice import Question
@@ -92,8 +92,8 @@ def test_loss_by_position_adds_up_to_the_held_out_loss(params):
             targets = np.array([[0] * 6 + [1] * 6 + [0] * 8 + [1] * 8 + [0] * 5] * 8, np.int32)
             batches = [batch | {"segments": segments, "targets": targets} for batch in batches]
         with sharding.use(mesh):
-            whole = evaluate.held_out(jax.jit(step.make_eval_step(config, MODEL, 1)), params, ROUTER, batches, mesh, 4.0)
-            position_step = jax.jit(evaluate.make_position_step(config, MODEL, 1))
+            whole = heldout.score(jax.jit(step.make_eval_step(config, MODEL, 1)), params, ROUTER, batches, mesh, 4.0)
+            position_step = jax.jit(heldout.make_position_step(config, MODEL, 1))
             nats, targets = position_step(params, ROUTER, sharding.put_batch(batches[0], mesh))
         assert abs(float(nats.sum() / targets.sum()) - whole.loss) < 1e-5
         if packed:
@@ -112,7 +112,7 @@ def test_loss_by_position_adds_up_to_the_held_out_loss(params):
 @pytest.mark.parametrize("kind", ["powers", "equal"])
 @pytest.mark.parametrize("length", [1, 2, 32, 100, 2048])
 def test_position_bins_cover_each_position_once(kind, length):
-    covered = [p for first, last in evaluate.position_bins(length, kind) for p in range(first, last + 1)]
+    covered = [p for first, last in heldout.position_bins(length, kind) for p in range(first, last + 1)]
     assert covered == list(range(length))
 
 
@@ -409,10 +409,10 @@ def test_the_command_prints_a_table_and_json_with_its_provenance(folder):
 
 
 def test_the_fingerprint_is_of_names_types_and_values(params):
-    whole = evaluate.fingerprint(params, ROUTER)
-    assert whole == evaluate.fingerprint(jax.tree.map(np.asarray, params), ROUTER)
-    assert whole != evaluate.fingerprint(params | {"head": params["head"].at[0, 0].add(1e-6)}, ROUTER)
-    assert whole != evaluate.fingerprint(params, ROUTER.replace(threshold=ROUTER.threshold + 0.1))
+    whole = digests.fingerprint(params, ROUTER)
+    assert whole == digests.fingerprint(jax.tree.map(np.asarray, params), ROUTER)
+    assert whole != digests.fingerprint(params | {"head": params["head"].at[0, 0].add(1e-6)}, ROUTER)
+    assert whole != digests.fingerprint(params, ROUTER.replace(threshold=ROUTER.threshold + 0.1))
 
 
 def test_two_flags_may_stand_without_a_value():

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import checkpoint, evaluate, likelihood, metrics, sharding, state
+from slimmoe_jax import checkpoint, heldout, likelihood, metrics, sharding, state
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, TrainConfig
@@ -210,7 +210,7 @@ def _stream(records: records_lib.Records, length: int, rows: int) -> np.ndarray:
 def _position_bins(nats: np.ndarray, context: int) -> list[dict[str, float]]:
     """Loss in bins of position, from powers of two within the first context to eighths of it."""
     longest = nats.shape[1]
-    bins = evaluate.position_bins(context, "powers")
+    bins = heldout.position_bins(context, "powers")
     width = max(1, context // 4)
     bins += [(first, min(first + width, longest) - 1) for first in range(context, longest, width)]
     return [{"first": first, "last": last, "loss": float(nats[:, first : last + 1].mean())} for first, last in bins]
