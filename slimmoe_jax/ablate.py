@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from slimmoe_jax import cli, metrics
+from slimmoe_jax import cli, files, metrics
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.data import loading
 from slimmoe_jax.progress import clock, short
@@ -276,14 +276,12 @@ COLUMNS = (
 def write_csv(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A row for each arm and seed; a cell is empty where the figure does not exist for the arm."""
     axes = list(results[0]["levels"])
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", *axes, "seed", *COLUMNS])
         for result in results:
             cells = [metrics.to_python(result.get(name)) for name in COLUMNS]
             writer.writerow([result["arm"], *(result["levels"][axis] for axis in axes), result["seed"], *cells])
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

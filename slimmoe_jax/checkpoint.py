@@ -242,7 +242,7 @@ def _reason(error: Exception) -> str:
     of_system = re.search(r"([^:]*) \[os_error_code=", str(error))
     if of_system:
         return of_system[1].strip()
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return config_lib.reason(error)
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:

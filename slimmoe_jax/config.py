@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
+from slimmoe_jax import files
+
 C = TypeVar("C")  # a dataclass of the config
 
 SHIPPED = Path(__file__).parent / "configs"  # which in a checkout is a link to configs/ at its root
@@ -28,6 +30,11 @@ TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 class InputError(Exception):
     """Something that the user gave cannot be used. The message is one line: what, where, and how to mend it."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, to stand in the brackets of an InputError."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +273,7 @@ def _read_json(path: Path) -> Any:
 
 def save(config: TrainConfig, path: str | Path) -> None:
     """Writes the resolved config as JSON."""
-    Path(path).write_text(json.dumps(to_json(config), indent=2) + "\n")
+    files.write_json(Path(path), to_json(config))
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from slimmoe_jax.conversion import card, configs, names, parity
 from slimmoe_jax.conversion import tokenizer as tokenizer_files
 from slimmoe_jax.data import records, stdlib, tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
-from slimmoe_jax.progress import waiting
+from slimmoe_jax.progress import say, waiting
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
 
@@ -116,10 +115,6 @@ def whole(out: Path) -> Iterator[Path]:
         raise InputError(f"{out} could not be written ({error.strerror or error}): make room, or name another place") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 # --- to a Hugging Face folder ----------------------------------------------------------------------------------------
@@ -265,9 +260,9 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name, commit_message="Convert from slimmoe_jax")
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = config_lib.reason(error)
         raise InputError(
-            f"{folder} is written, but not uploaded to {name} ({reason}): log in by `hf auth login` and upload it"
+            f"{folder} is written, but not uploaded to {name} ({why}): log in by `hf auth login` and upload it"
         ) from error
     say(f"uploaded to {name}")
 

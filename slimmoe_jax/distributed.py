@@ -16,7 +16,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from slimmoe_jax.config import InputError
+from slimmoe_jax import progress
+from slimmoe_jax.config import InputError, reason
 
 FLAGS = ("--coordinator", "--processes", "--process")
 LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # what those that JAX knows set for each task: how many there are
@@ -44,9 +45,7 @@ def start(argv: Sequence[str]) -> list[str]:
         else:
             jax.distributed.initialize(heartbeat_timeout_seconds=MISSED_AFTER)
     except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"the other processes cannot be joined ({str(error).splitlines()[0]}): check {', '.join(FLAGS)}"
-        ) from error
+        raise InputError(f"the other processes cannot be joined ({reason(error)}): check {', '.join(FLAGS)}") from error
     return argv
 
 
@@ -65,6 +64,12 @@ def _take_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, from the first process alone."""
+    if is_first():
+        progress.say(line)
 
 
 def wait(what: str) -> None:

@@ -23,7 +23,7 @@ from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.decoding import Weights
-from slimmoe_jax.progress import waiting
+from slimmoe_jax.progress import say, waiting
 from slimmoe_jax.sampling import Sampling
 
 
@@ -39,10 +39,6 @@ class GenerateArgs:
     repetition_penalty: float = 1.0  # divides the logits of tokens that have occurred; 1: off
     seed: int = 0  # of the sampling
     system: str = ""  # what the system's turn says; with --chat
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimmoe_jax import blockwise
+from slimmoe_jax import blockwise, files
 from slimmoe_jax.config import ModelConfig, TrainConfig
 
 # Dense peaks in FLOP/s from the vendors' data sheets: device kind -> (bfloat16, float32 as JAX runs it: TF32 where there is one).
@@ -175,9 +175,8 @@ class JsonlWriter:
         """Keeps the complete lines of steps up to `resume_step`; a line torn by a kill is dropped."""
         self.path = Path(path)
         kept = [json.dumps(row) for row in read_jsonl(self.path) if row["step"] <= resume_step] if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        with files.replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
         self._file = self.path.open("a", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -52,14 +52,14 @@ class Meter:
         eta = ""
         if self._total and done > self._first:
             eta = f", ETA {clock((now - self._started) / (done - self._first) * (self._total - done))}"
-        print(f"{self._label}: {text}, {clock(now - self._started)}{eta}", file=sys.stderr, flush=True)
+        say(f"{self._label}: {text}, {clock(now - self._started)}{eta}")
 
     def note(self, line: str) -> None:
         """Prints a line that stays, above the live one."""
         if self._live:
             self._console.print(line, markup=False, highlight=False)
         elif not self._quiet:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
 
 @contextlib.contextmanager
@@ -70,6 +70,11 @@ def waiting(label: str) -> Iterator[None]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
         shown.add_task(label, total=None)
         yield
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, where all remarks go: stdout is for what a command was asked for."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

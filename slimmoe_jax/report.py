@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 
-from slimmoe_jax import checkpoint, cli, sharding
+from slimmoe_jax import checkpoint, cli, files, sharding
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, MeshConfig
-from slimmoe_jax.data import units
 from slimmoe_jax.study import measure, pages
 from slimmoe_jax.study.figures import Shown
 from slimmoe_jax.study.measure import Effort
@@ -74,7 +73,7 @@ def _shown(run: Path, effort: Effort) -> Shown:
         sharding.cache_programs(config.compilation_cache)
         measured = measure.measure(run, sharding.make_mesh(MeshConfig()), effort)
         kept = {k: kept[k] for k in ("arm", "levels", "seed") if k in kept} | {"device": jax.devices()[0].device_kind} | measured
-        units.write_json(run / "result.json", kept)
+        files.write_json(run / "result.json", kept)
     return Shown(kept, config, run)
 
 

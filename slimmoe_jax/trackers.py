@@ -22,7 +22,6 @@ import io
 import json
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -32,8 +31,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import metrics
+from slimmoe_jax import files, metrics
 from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.progress import say
 
 PROJECT = "slimmoe_jax"  # under which trackio and Weights & Biases list the runs
 GROUPS = {"validation_loss": "validation/loss", "validation_bits_per_byte": "validation/bits_per_byte"}
@@ -91,7 +91,7 @@ class Recorder:
         except Exception as error:
             self._others.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            _say(f"warning: tracker {name} {what} ({reason}) and is left out; metrics.jsonl goes on")
+            say(f"warning: tracker {name} {what} ({reason}) and is left out; metrics.jsonl goes on")
 
 
 # --- the tools -------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Trackio:
         with redirect_stdout(io.StringIO()):  # it advertises its commands
             name = f"{workdir.absolute().name}-{self._mark.run}"
             self._run = trackio.init(PROJECT, name=name, config=flat(config), resume="allow", embed=False)
-        _say(f'trackio run {name}: trackio show --project "{PROJECT}"')
+        say(f'trackio run {name}: trackio show --project "{PROJECT}"')
 
     def write(self, row: Row) -> None:
         if not self._mark.passes(row["step"]):
@@ -187,13 +187,13 @@ class Wandb:
         try:
             self._run = wandb.init(mode=mode, **start_run)
         except wandb.errors.CommError as error:
-            why = f"it cannot be reached: {str(error).splitlines()[0]}"
+            why = f"it cannot be reached: {config_lib.reason(error)}"
             wandb.teardown()  # which still holds the run's name
             self._run = wandb.init(mode="offline", **start_run)
         if self._run.offline:
-            _say(f"wandb records offline ({why}); to send it: wandb sync {Path(self._run.dir).parent}")
+            say(f"wandb records offline ({why}); to send it: wandb sync {Path(self._run.dir).parent}")
         else:
-            _say(f"wandb run {self._run.url}")
+            say(f"wandb run {self._run.url}")
 
     def write(self, row: Row) -> None:
         if not self._mark.passes(row["step"]):
@@ -241,9 +241,7 @@ class Mark:
         if step <= self.step:
             return False
         self.step = step
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"run": self.run, "step": step}))
-        os.replace(temporary, self.path)
+        files.write_json(self.path, {"run": self.run, "step": step})
         return True
 
 
@@ -320,7 +318,3 @@ def flat(config: TrainConfig) -> dict[str, bool | int | float | str]:
 def verbatim(text: str) -> str:
     """Text as Markdown that shows it as it is: a block of code."""
     return "\n".join("    " + line for line in text.split("\n"))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

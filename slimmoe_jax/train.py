@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,16 +109,16 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
         train_state, data_state = checkpoints.restore(config, mesh)
         batches.set_state(data_state)
         for reason in checkpoints.damaged:
-            say(f"{reason.split(': ')[0]}; it is set aside in {workdir / 'damaged'}")
-        say(f"resuming {workdir} from step {int(jax.device_get(train_state.step))}")
+            distributed.say(f"{reason.split(': ')[0]}; it is set aside in {workdir / 'damaged'}")
+        distributed.say(f"resuming {workdir} from step {int(jax.device_get(train_state.step))}")
     else:
         train_state = state.create(config, mesh)
         if initial is not None:
             train_state = train_state.replace(params=initial.params, router=initial.router)
-            say(f"starting from the weights of {initial.directory}, step {initial.step}")
+            distributed.say(f"starting from the weights of {initial.directory}, step {initial.step}")
     start = int(jax.device_get(train_state.step))
     if start >= config.steps:
-        say(f"{workdir} has its {start} steps already: raise --steps to go on")
+        distributed.say(f"{workdir} has its {start} steps already: raise --steps to go on")
         return 0
 
     # --- run folder ---
@@ -141,9 +140,9 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
     signals, pending, validation_loss = distributed.StopSignals(), None, None
     with sharding.use(mesh), log, signals:
-        say(f"compiling the training step: {summary.choices(config)}")
+        distributed.say(f"compiling the training step: {summary.choices(config)}")
         if initial is not None:
-            say(f"before training: validation loss {_held_out(config, records, eval_step, mesh, train_state).loss:.4f}")
+            distributed.say(f"before training: validation loss {_held_out(config, records, eval_step, mesh, train_state).loss:.4f}")
         batch, rows = put_next(batches, mesh)
         for number in range(start + 1, config.steps + 1):
             watch(config.watchdog)
@@ -161,7 +160,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             last = signals.stop_after(number) or number == config.steps
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
             if last and signals.received is not None:
-                say(f"{signals.received.name}: saving step {number}")
+                distributed.say(f"{signals.received.name}: saving step {number}")
             if evaluated or last or number % config.checkpoint.every == 0:
                 log.step(*pending, hold=evaluated)
                 pending = None
@@ -186,26 +185,21 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             " from the last checkpoint"
         )
     if signals.received is not None:
-        say(f"stopped by {signals.received.name}; saved step {number}: the same command goes on from there")
+        distributed.say(f"stopped by {signals.received.name}; saved step {number}: the same command goes on from there")
         return 128 + signals.received
 
     # --- done ---
     if config.eval.ngrams and distributed.is_first() and validation_loss is not None:
         _compare_with_ngrams(config, records, _evaluation_rows(config, mesh) * config.eval.batches, validation_loss)
-    say(f"finished {number} steps; the run is in {workdir}. Next:")
+    distributed.say(f"finished {number} steps; the run is in {workdir}. Next:")
     if config.data.format == "multiple_choice":
-        say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir} --tasks held-out --held-out")
+        distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir} --tasks held-out --held-out")
     else:
         how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
-        say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
-        say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
-    say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
+        distributed.say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
+        distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
+    distributed.say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
     return 0
-
-
-def say(line: str) -> None:
-    if distributed.is_first():
-        print(line, file=sys.stderr, flush=True)
 
 
 def put_next(batches: records_lib.Batches, mesh: Mesh) -> tuple[step.Batch, dict[str, np.ndarray]]:
@@ -295,7 +289,7 @@ def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, scor
     most = 20_000_000 // config.data.context  # records; more would not change the figures, only the memory
     targets = held_out.read(np.arange(min(len(held_out), scored or len(held_out))))
     fitted = ngrams.fit_and_score(train.read(np.arange(min(len(train), most))), targets, records.vocab_size)
-    say(
+    distributed.say(
         f"validation loss, nats a token: unigram {fitted.unigram:.3f}, bigram {fitted.bigram:.3f}, this model {validation_loss:.3f}"
     )
 
@@ -313,7 +307,7 @@ class Log:
         self.given_up: tuple[int, dict[str, np.ndarray]] | None = None  # the last of too many steps left out, and its rows
         self._held: dict[str, Any] = {}
         model = config.model
-        say(
+        distributed.say(
             f"{short(sum(metrics.parameter_counts(model).values()))} parameters,"
             f" {short(metrics.active_parameters(model))} active a token; {jax.device_count()} x {jax.devices()[0].device_kind};"
             f" MFU against {self._peak.name}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import DataConfig, InputError, ModelConfig
 from slimmoe_jax.data import prepare, tokenizers
 from slimmoe_jax.data.records import Mixture, Records, Split, open_records
+from slimmoe_jax.progress import say
 
 # A local source up to this size is prepared on the way; a larger one is worth its own command.
 AUTO_PREPARE_BYTES = 2**30
@@ -66,5 +65,5 @@ def _open_or_prepare(data: DataConfig, model: ModelConfig) -> Records:
                 " python -m slimmoe_jax.data.prepare with the same config and overrides first"
             )
         manifest = prepare.prepare(data, directory)
-        print("\n".join(prepare.summary_lines(manifest, directory)), file=sys.stderr, flush=True)
+        say("\n".join(prepare.summary_lines(manifest, directory)))
     return open_records(directory, data.context, model)

@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from slimmoe_jax import cli, config
+from slimmoe_jax import cli, config, files
 from slimmoe_jax.config import DataConfig, InputError
 from slimmoe_jax.data import packing, records, tokenizers, units
 from slimmoe_jax.data import sources as sources_lib
 from slimmoe_jax.data.sources import Interrupted, Source
 from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
 from slimmoe_jax.locking import locked
-from slimmoe_jax.progress import Meter, short, waiting
+from slimmoe_jax.progress import Meter, say, short, waiting
 
 _NAMED = 5  # bad rows and ignored files that are named
 _TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained on, from the source's start
@@ -104,7 +103,7 @@ def _prepare(data: DataConfig, source: Source, settings: dict[str, Any], folder:
         spec = "gpt2" if tokenizer.path is None else str(tokenizer.path)
         job = Job(data, spec, tokenizer.fingerprint, folder, dtype)
         _run_units(job, source, workers)
-        units.write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
+        files.write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
     for path in [*folder.glob("unit-*"), *folder.glob("*.tmp"), folder / "settings.json"]:
         path.unlink(missing_ok=True)
     return json.loads((folder / "manifest.json").read_text())
@@ -162,7 +161,7 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
             return
     if any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise InputError(f"{folder} is in the way, and not a preparation that was broken off: remove it, or give another --out")
-    units.write_json(folder / "settings.json", settings)
+    files.write_json(folder / "settings.json", settings)
 
 
 def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tokenizer:
@@ -175,7 +174,7 @@ def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tok
     if not (folder / "tokenizer.json").exists():
         with waiting(f"training a vocabulary of {data.train_tokenizer:,} pieces"):
             tokenizers.train_sentencepiece(_first_texts(data, source), data.train_tokenizer, path)
-        units.write_json(folder / "tokenizer.json", tokenizers.describe(tokenizers.SentencePiece(path)))
+        files.write_json(folder / "tokenizer.json", tokenizers.describe(tokenizers.SentencePiece(path)))
     return tokenizers.saved(folder)
 
 
@@ -374,7 +373,7 @@ def main(argv: Sequence[str]) -> int:
     )
     out = config.records_dir(whole.data)
     if (out / "manifest.json").exists():
-        print(f"{out} is prepared already", file=sys.stderr)
+        say(f"{out} is prepared already")
     try:
         manifest = prepare(whole.data, out, workers)
         print("\n".join(summary_lines(manifest, out)))
@@ -382,7 +381,7 @@ def main(argv: Sequence[str]) -> int:
             part = with_tokenizer(part, out)
             print("\n".join(summary_lines(prepare(part, config.records_dir(part), workers), config.records_dir(part))))
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from there", file=sys.stderr)
+        say("stopped: the same command goes on from there")
         return 128 + signal.SIGINT
     vocabulary = manifest["tokenizer"]["vocab_size"]
     if vocabulary != whole.model.vocab_size:

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from slimmoe_jax.config import InputError
+from slimmoe_jax.config import InputError, reason
 from slimmoe_jax.data import stdlib
+from slimmoe_jax.progress import say
 
 UNIT_BYTES = 16 * 2**20
 _BLOCK = 2**20
@@ -154,11 +155,7 @@ def _module(name: str, why: str) -> ModuleType:
 
 
 def _damaged(file: Path | str, error: Exception) -> InputError:
-    return InputError(f"{file} is damaged ({_reason(error)}): fetch or write it again")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return InputError(f"{file} is damaged ({reason(error)}): fetch or write it again")
 
 
 def _group(file: str, rows: Iterable[tuple[Any, int, int]]) -> Iterator[Unit]:
@@ -347,7 +344,7 @@ def _hub(spec: str, field: str | None, split: str) -> Source:
             raise
         except Exception as error:  # of the network, the hub's client or the dataset's own files
             raise Interrupted(
-                f"{spec} cannot be read from the hub ({_reason(error)}): check the name and the network and run the same"
+                f"{spec} cannot be read from the hub ({reason(error)}): check the name and the network and run the same"
                 " command again, or give a local mirror's directory as data.source"
             ) from error
 
@@ -359,7 +356,7 @@ def _hub(spec: str, field: str | None, split: str) -> Source:
 
 @functools.cache
 def _stdlib(with_sources: bool, form: str) -> Source:
-    print("reading the standard library", file=sys.stderr, flush=True)  # which takes seconds
+    say("reading the standard library")  # which takes seconds
     of_form: dict[str, Callable[[], list[Any]]] = {"chat": stdlib.conversations, "multiple_choice": stdlib.questions}
     rows = of_form.get(form, lambda: stdlib.texts(with_sources))()
     size = sum(_size(row) for row in rows)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from slimmoe_jax import files
 from slimmoe_jax.config import DataConfig
 from slimmoe_jax.data import chat, multiple_choice, packing, records, tokenizers
 from slimmoe_jax.data import sources as sources_lib
@@ -79,7 +79,7 @@ def process(job: Job, number: int, unit: Unit) -> dict[str, Any]:
             write_array(path, records)
             summary["files"][split] = entry(path, len(records))
     summary["cpu_seconds"] = time.process_time() - started
-    write_json(summary_path(job.folder, number), summary)
+    files.write_json(summary_path(job.folder, number), summary)
     return summary
 
 
@@ -181,14 +181,5 @@ def entry(path: Path, rows: int) -> dict[str, Any]:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Writes JSON that is there whole or not at all; a NaN, which JSON has no word for, is a ValueError."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from slimmoe_jax import cli, host, sharding, train
+from slimmoe_jax import cli, files, host, sharding, train
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
-from slimmoe_jax.data import units
 from slimmoe_jax.locking import locked
+from slimmoe_jax.progress import say
 from slimmoe_jax.study import measure
 from slimmoe_jax.study.design import Arm
 from slimmoe_jax.study.measure import Effort
@@ -52,7 +52,7 @@ def write_spec(folder: Path, arm: Arm, config: TrainConfig, effort: Effort) -> N
             name, (before, now) = next(iter(changed.items()))
             raise InputError(f"{folder} was made with {name} = {before}, not {now}: give another --out, or remove that folder")
     folder.mkdir(parents=True, exist_ok=True)
-    units.write_json(path, spec)
+    files.write_json(path, spec)
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def _run(folder: Path, spec: dict[str, Any]) -> int:
     code = train.train(config, mesh)
     if code:
         return code
-    train.say(f"measuring {spec['arm']}, seed {spec['seed']}")
+    say(f"measuring {spec['arm']}, seed {spec['seed']}")
     measured = measure.measure(folder, mesh, Effort(**spec["effort"]))
     head = {name: spec[name] for name in ("arm", "levels", "seed")}
-    units.write_json(folder / "result.json", head | {"device": jax.devices()[0].device_kind} | measured)
+    files.write_json(folder / "result.json", head | {"device": jax.devices()[0].device_kind} | measured)
     return 0
 
 
