@@ -201,11 +201,8 @@ def write_configs(
         tree = configs.to_hf(config, tokenizer, router, args.dtype)
         for name in ("configuration_slimmoe.py", "modeling_slimmoe.py"):
             shutil.copyfile(SHIPPED / name, folder / name)
-        # Where things lay on this machine is nobody's business.
-        defaults = {"workdir": "", "compilation_cache": TrainConfig().compilation_cache, "data.records": ""}
-        config = config_lib.override(config, defaults)
         kept = {
-            "config": config_lib.to_json(config),
+            "config": config_lib.to_json(configs.public(config)),
             "step": run.step,
             "router": {name: float(router[name]) for name in ("integral", "l1_weight")},
             "tokenizer": tokenizers.describe(tokenizer),

@@ -110,6 +110,25 @@ def test_a_folder_comes_back_as_the_run_that_it_was(run, folder, tmp_path):
         checkpoint.Checkpoints(tmp_path / "back").restore(back, sharding.make_mesh(MeshConfig()))
 
 
+def test_nothing_in_a_folder_tells_where_things_lay(pieces, tmp_path):
+    private = tmp_path / "private"
+    data = DataConfig(
+        source=f"{private}/mmlu/corpus.jsonl", mix=(f"0.25:text:{private}/more:train", "1:stdlib"), records=f"{private}/records",
+        context=64, tokenizer=str(pieces.path), train_tokenizer=0,
+    )  # fmt: skip
+    config = TrainConfig(model=MODEL, data=data, workdir=f"{private}/run", init_from=f"{private}/runs/earlier/300")
+    private.mkdir()
+    run = make_run(private / "run", config, pieces)
+    convert.main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--verify", "False"])
+    texts = {
+        path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".jinja", ".py")
+    }
+    assert [name for name, text in texts.items() if str(tmp_path) in text or "private" in text] == []
+    kept = json.loads(texts["slimmoe_jax.json"])["config"]
+    assert kept["init_from"] == "earlier/300" and kept["data"]["mix"] == ["0.25:text:more:train", "1:stdlib"]
+    assert "run was trained on corpus.jsonl: MMLU" in texts["README.md"], "what is recognised by a folder's name stays recognised"
+
+
 def test_a_folder_saved_by_transformers_comes_back_without_what_only_training_knows(run, folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

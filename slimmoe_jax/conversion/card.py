@@ -12,6 +12,7 @@ from slimmoe_jax import contamination, metrics
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import ModelConfig
 from slimmoe_jax.contamination import Stage
+from slimmoe_jax.conversion.configs import run_name, without_folders
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.progress import short
 
@@ -39,7 +40,12 @@ def write(
         "## Limits\n\nNo alignment, no filtering of answers: a research model. The converter does not know the licences of the"
         " training data; state one before you publish.",
     ]
-    (directory / "README.md").write_text("\n\n".join(sections) + "\n")
+    text = "\n\n".join(sections) + "\n"
+    places = {stage.run: run_name(stage.run) for stage in behind} | ({lost: run_name(lost)} if lost else {})
+    places |= {source: without_folders(source) for stage in behind for source in stage.sources}
+    for place, name in places.items():
+        text = text.replace(place, name)
+    (directory / "README.md").write_text(text)
 
 
 def _metadata(behind: Sequence[Stage], native: bool) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,35 @@ def from_hf(tree: dict[str, Any], where: str) -> tuple[ModelConfig, int]:
     balance = {"balance_weight": tree["router_aux_loss_coef"]} if tree.get("router_aux_loss_coef") else {"balance": "none"}
     router |= balance if router["kind"] != "relu" else {"l1_initial": tree.get("router_aux_loss_coef") or 1e-8}
     return config_lib.from_json(values | {"router": router}, where, ModelConfig), context
+
+
+def public(config: TrainConfig) -> TrainConfig:
+    """The config without where things lie on this machine; files and runs keep their names, by which they can be recognised."""
+    data = dataclasses.replace(
+        config.data,
+        source=without_folders(config.data.source),
+        mix=tuple(without_folders(entry) for entry in config.data.mix),
+        tokenizer=without_folders(config.data.tokenizer),
+        records="",
+    )
+    return dataclasses.replace(
+        config,
+        data=data,
+        init_from=run_name(config.init_from),
+        workdir="",
+        compilation_cache=TrainConfig().compilation_cache,
+    )
+
+
+def run_name(path: str) -> str:
+    """RUN or RUN/STEP without the folders above it; empty stays empty."""
+    run, step = config_lib.split_run_path(path)
+    return f"{run.name}/{step}" if step else run.name
+
+
+def without_folders(name: str) -> str:
+    """A source or a path without the folders above it: `0.25:text:/home/me/corpus.jsonl` becomes `0.25:text:corpus.jsonl`."""
+    return re.sub(r"(^|:)[/~][^:]*/(?=[^/:])", r"\1", name)
 
 
 def _commonest(values: tuple[Any, ...]) -> Any:
