@@ -126,6 +126,7 @@ def test_nothing_in_a_folder_tells_where_things_lay(pieces, tmp_path):
     assert [name for name, text in texts.items() if str(tmp_path) in text or "private" in text] == []
     kept = json.loads(texts["slimmoe_jax.json"])["config"]
     assert kept["init_from"] == "earlier/300" and kept["data"]["mix"] == ["0.25:text:more:train", "1:stdlib"]
+    assert "started from earlier/300, which was not there" in texts["README.md"]
     assert "run was trained on corpus.jsonl: MMLU" in texts["README.md"], "what is recognised by a folder's name stays recognised"
 
 
