@@ -1,6 +1,5 @@
 """The launch scripts, run for real on few steps; SLURM's commands are stand-ins that do with processes what SLURM does."""
 
-import json
 import os
 import re
 import shutil
@@ -94,18 +93,6 @@ def test_the_image_takes_only_what_its_context_holds():
 
 
 # --- four stages ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_four_stages_run_after_one_another(tmp_path):
-    flags = ("--steps", "2", "--eval.every", "0", "--eval.batches", "1", "--eval.sample-tokens", "4", *SMALL)
-    done = run_script(tmp_path, "four_stages.sh", "quickstart", *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("before training: validation loss") == 3
-    for stage in ("quickstart_sft_v1", "quickstart_sft_v2", "quickstart_sft_v3"):
-        (task,) = json.loads((tmp_path / "runs" / stage / "multiple_choice.json").read_text())["tasks"]
-        assert task["questions"] > 50 and task["chance"] == 0.25 and not task.get("contaminated_by")
-        assert task["accuracy"]["sum"]["low"] <= task["accuracy"]["sum"]["value"] <= task["accuracy"]["sum"]["high"]
 
 
 def test_an_unknown_chain_is_refused(tmp_path):

@@ -43,8 +43,8 @@ def write(
     text = "\n\n".join(sections) + "\n"
     places = {stage.run: run_name(stage.run) for stage in behind} | ({lost: run_name(lost)} if lost else {})
     places |= {source: without_folders(source) for stage in behind for source in stage.sources}
-    for place, name in places.items():
-        text = text.replace(place, name)
+    for place in sorted(places, key=len, reverse=True):  # one may begin with another
+        text = text.replace(place, places[place])
     (directory / "README.md").write_text(text)
 
 
