@@ -185,11 +185,57 @@ def test_submitit_runs_an_arm(study, finished, tmp_path):
     launcher = launch.Submitted("local", tmp_path / "jobs", launch.parameters(["timeout_min=5"]))
     code = "import sys; print('said'); sys.exit(3)"
     job = launcher.start([sys.executable, "-c", code], tmp_path / "log.txt")
+    wait_until(lambda: job.poll() is not None)
+    assert job.poll() == 3 and (tmp_path / "log.txt").read_text() == "said\n"
+
+
+# What submitit asks of SLURM, done with processes: sbatch starts the script, whose srun starts the task; squeue lists what lives.
+SLURM = {
+    "sbatch": f"""#!{sys.executable}
+import os, pathlib, subprocess, sys
+node = {{"SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}}
+jobs = pathlib.Path(__file__).with_name("jobs")
+jobs.mkdir(exist_ok=True)
+number = str(100 + len(list(jobs.iterdir())))
+options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+job = subprocess.Popen(["bash", sys.argv[1]], env=os.environ | node | {{"SLURM_JOB_ID": number, "SLURM_LOCALID": "0"}}, **options)
+(jobs / number).write_text(str(job.pid))
+print("Submitted batch job", number)
+""",
+    "srun": f'#!/bin/sh\nwhile [ "$1" != {sys.executable} ]; do shift; done\nexec "$@"\n',
+    "squeue": '#!/bin/sh\ncd "$(dirname "$0")/jobs" && for job in *; do kill -0 "$(cat "$job")" 2>/dev/null && echo "$job"; done\n',
+    "sacct": "#!/bin/sh\n",
+}
+
+
+def test_what_slurm_still_has_is_not_handed_in_again(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code = "import os, sys, time; print(os.getpid(), flush=True)\nwhile not os.path.exists('end'): time.sleep(0.05)\nsys.exit(3)"
+    monkeypatch.chdir(tmp_path)
+    parameters = launch.parameters(["timeout_min=5"])
+    log = tmp_path / "log.txt"
+    launch.Submitted("slurm", tmp_path / "slurm", parameters).start([sys.executable, "-c", code], log)
+    wait_until(lambda: log.exists() and log.read_text())
+    again = launch.Submitted("slurm", tmp_path / "slurm", parameters).start([sys.executable, "-c", code], log)
+    assert again.poll() is None and len(list((tmp_path / "jobs").iterdir())) == 1
+    (tmp_path / "end").touch()
+    wait_until(lambda: again.poll() is not None)
+    assert again.poll() == 3 and len(log.read_text().splitlines()) == 1
+    wait_until(lambda: not subprocess.run(["squeue"], capture_output=True, text=True, check=False).stdout)
+    anew = launch.Submitted("slurm", tmp_path / "slurm", parameters).start([sys.executable, "-c", code], log)
+    wait_until(lambda: anew.poll() is not None)
+    assert len(list((tmp_path / "jobs").iterdir())) == 2 and len(log.read_text().splitlines()) == 2
+
+
+def wait_until(condition):
     deadline = time.monotonic() + 60
-    while job.poll() is None:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert job.poll() == 3 and (tmp_path / "log.txt").read_text() == "said\n"
 
 
 def test_processes_share_the_cores(tmp_path):

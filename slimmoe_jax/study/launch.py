@@ -6,11 +6,12 @@ Both are polled: `Job.poll` gives None while a job waits or runs, and its exit c
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,6 +99,8 @@ class _Process:
 class Submitted:
     """Jobs of SLURM, or of submitit's own executor for this machine, all handed in at once.
 
+    A job's number is kept beside its log. What an earlier study handed in and SLURM still has is watched, not handed in again.
+
     Args:
       cluster: `slurm` or `local`.
       parameters: SLURM's, as submitit names them, such as slurm_partition.
@@ -112,6 +115,8 @@ class Submitted:
             raise InputError(
                 "--launcher slurm: there is no sbatch here: start it on a node that submits jobs, or use --launcher local"
             )
+        self._job_of: Callable[[str], Any] = functools.partial(submitit.SlurmJob, folder)
+        self._in_queue = _in_slurms_queue() if cluster == "slurm" else frozenset()
         self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         self._executor.update_parameters(**parameters)
 
@@ -119,7 +124,18 @@ class Submitted:
         return True
 
     def start(self, command: Command, log: Path) -> Job:
-        return _Submitted(self._executor.submit(_run_to_log, list(command), str(log)))
+        kept = log.with_suffix(".job")
+        if kept.exists() and kept.read_text() in self._in_queue:
+            return _Submitted(self._job_of(kept.read_text()))
+        job = self._executor.submit(_run_to_log, list(command), str(log))
+        kept.write_text(job.job_id)
+        return _Submitted(job)
+
+
+def _in_slurms_queue() -> frozenset[str]:
+    """The numbers of this user's jobs that wait or run."""
+    listed = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}"]
+    return frozenset(subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split())
 
 
 class _Submitted:
