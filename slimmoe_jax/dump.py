@@ -1,4 +1,4 @@
-"""What a run leaves when it gives up on a batch, and how that batch is run again.
+"""Runs the batch again that a run gave up on, from the dump that it left.
 
     python -m slimmoe_jax.dump --dump RUN/dump
 

@@ -1,4 +1,4 @@
-"""A run as a model of lm-evaluation-harness.
+"""Evaluates a run by lm-evaluation-harness, as a model of its.
 
 `python -m slimmoe_jax.lm_eval --model slimmoe --model_args checkpoint=RUN --batch_size 8 --tasks arc_easy` is the harness's own
 command line, with the model `slimmoe` registered; everything after the module's name goes to it. In Python, `import

@@ -1,4 +1,4 @@
-"""Pictures of a run, or of several side by side: loss, loss by position, expert load, probes; as Markdown and as one HTML file.
+"""Draws a run, or several side by side: loss, loss by position, expert load, probes; as Markdown and as one HTML file.
 
 `python -m slimmoe_jax.report RUN [RUN ...] [--out DIR] [--texts FILE.jsonl]`
 
