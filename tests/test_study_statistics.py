@@ -21,6 +21,29 @@ def as_values(table, lacking=()):
     return {str(arm): {seed: x for seed, x in enumerate(row) if (arm, seed) not in lacking} for arm, row in rows}
 
 
+# Counts of insects on plots under six sprays (Beall 1942, R's data set InsectSprays), which scatter the more the more there are.
+INSECTS = [
+    [10, 7, 20, 14, 14, 12, 10, 23, 17, 20, 14, 13],
+    [11, 17, 21, 11, 16, 14, 17, 17, 19, 21, 7, 13],
+    [0, 1, 7, 2, 3, 1, 2, 1, 3, 0, 1, 4],
+    [3, 5, 12, 6, 4, 3, 5, 5, 5, 5, 2, 4],
+    [3, 5, 3, 5, 3, 6, 1, 1, 3, 2, 6, 4],
+    [11, 9, 15, 22, 15, 16, 13, 10, 26, 26, 24, 13],
+]
+
+
+def test_scatter_is_that_of_rs_manual():
+    """Its example of bartlett.test prints K-squared = 25.96, df = 5, p-value = 9.085e-05."""
+    found = statistics.scatter(as_values(INSECTS))
+    assert found.p == pytest.approx(9.085e-05, rel=1e-3)
+    assert (found.quietest, found.widest) == ("4", "5") and found.most == pytest.approx(6.213, abs=1e-3)
+
+
+def test_scatter_needs_two_arms_of_two_seeds_that_differ():
+    assert statistics.scatter({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0}}) is None
+    assert math.isnan(statistics.scatter({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 1.0}}).p)
+
+
 def make_table(arms, seeds, arm_spread=1.0, seed_spread=3.0, spread=0.1, seed=0):
     """Figures of arms and seeds, with differences of both and noise."""
     rng = np.random.default_rng(seed)

@@ -35,6 +35,9 @@ img { max-width: 100%; } code { font-size: 13px; background: #f4f4f4; padding: .
 pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; } pre code { padding: 0; }
 """
 
+# Below this p the report warns that arms scatter too differently to share one noise: in one study of a hundred without reason.
+UNEQUAL = 0.01
+
 
 class Page:
     """Collects Markdown and figures, and writes both forms."""
@@ -176,6 +179,7 @@ def _claims(study: Study, losses: statistics.Values, reference: str) -> list[str
         f" {pooled.floor(seeds, len(found)):.4f} with all {len(found)} comparisons counted (standard deviation of one run's"
         f" {pooled.deviation:.4f}, {pooled.freedom} degrees of freedom). Differences below it are not called differences."
     ]
+    lines += _unequal(statistics.scatter(losses))
     beyond = sorted((d for d in found if d.beyond_noise), key=lambda d: d.estimate.mean)
     within = [d.arm for d in found if not d.beyond_noise]
     bullets = [f"- **{d.arm}** is {_better(d.estimate.mean)} than {reference} by {_amount(d.estimate)}." for d in beyond]
@@ -185,6 +189,17 @@ def _claims(study: Study, losses: statistics.Values, reference: str) -> list[str
     if design.is_factorial(study):
         lines += _factorial_claims(_terms(study, losses))
     return lines
+
+
+def _unequal(found: statistics.Scatter | None) -> list[str]:
+    """A warning where arms scatter too differently to share one noise."""
+    if found is None or not found.p < UNEQUAL:
+        return []
+    return [
+        f"Arms do not scatter alike over seeds (standard deviations from {found.least:.4f}, {found.quietest}, to {found.most:.4f},"
+        f" {found.widest}; Bartlett's test: p = {found.p:.2g}). One floor for all is then too wide for the quiet ones and too narrow for"
+        " the others."
+    ]
 
 
 def _factorial_claims(terms: Sequence[statistics.Term]) -> list[str]:

@@ -85,6 +85,31 @@ def _noise(table: np.ndarray) -> Noise:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scatter:
+    """How the arms scatter over their seeds."""
+
+    quietest: str
+    least: float  # standard deviation
+    widest: str
+    most: float
+    p: float  # of Bartlett's test that all scatter alike; NaN where it cannot be made
+
+
+def scatter(values: Values) -> Scatter | None:
+    """The arms of two or more seeds; None where there are not two of them.
+
+    The test: M. S. Bartlett, Properties of sufficiency and statistical tests, Proc. R. Soc. A 160 (1937).
+    """
+    arms = {arm: list(row.values()) for arm, row in values.items() if len(row) > 1}
+    if len(arms) < 2:
+        return None
+    deviations = {arm: float(np.std(row, ddof=1)) for arm, row in arms.items()}
+    quietest, widest = (pick(deviations, key=lambda arm: deviations[arm]) for pick in (min, max))
+    p = float(stats.bartlett(*arms.values()).pvalue) if deviations[quietest] > 0 else math.nan
+    return Scatter(quietest, deviations[quietest], widest, deviations[widest], p)
+
+
+@dataclasses.dataclass(frozen=True)
 class Difference:
     """An arm against the reference."""
 
