@@ -174,10 +174,11 @@ def _claims(study: Study, losses: statistics.Values, reference: str) -> list[str
             ]
         return ["Nothing beyond noise can be told: that takes two arms or more with two seeds or more."]
     seeds = max(difference.estimate.number for difference in found)
+    counted = f", {pooled.floor(seeds, len(found)):.4f} with all {len(found)} comparisons counted" if len(found) > 1 else ""
     lines = [
-        f"Noise floor: {pooled.floor(seeds):.4f} nats a token for one comparison of {seeds} paired seeds,"
-        f" {pooled.floor(seeds, len(found)):.4f} with all {len(found)} comparisons counted (standard deviation of one run's"
-        f" {pooled.deviation:.4f}, {pooled.freedom} degrees of freedom). Differences below it are not called differences."
+        f"Noise floor: {pooled.floor(seeds):.4f} nats a token for one comparison of {seeds} paired seeds{counted} (standard"
+        f" deviation of one run's {pooled.deviation:.4f}, {pooled.freedom} degrees of freedom). Differences below it are not called"
+        " differences."
     ]
     lines += _unequal(statistics.scatter(losses))
     beyond = sorted((d for d in found if d.beyond_noise), key=lambda d: d.estimate.mean)
@@ -197,8 +198,8 @@ def _unequal(found: statistics.Scatter | None) -> list[str]:
         return []
     return [
         f"Arms do not scatter alike over seeds (standard deviations from {found.least:.4f}, {found.quietest}, to {found.most:.4f},"
-        f" {found.widest}; Bartlett's test: p = {found.p:.2g}). One floor for all is then too wide for the quiet ones and too narrow for"
-        " the others."
+        f" {found.widest}; Bartlett's test: p = {found.p:.2g}). One floor for all is then too wide for the quiet ones and too "
+        "narrow for the others."
     ]
 
 
