@@ -48,19 +48,14 @@ if TYPE_CHECKING:
 
 GREEDY = Sampling(temperature=0.0)
 BATCHES = (1, 8)
-
-
-class NoEnd:
-    """What decoding asks of a tokenizer: an end token, here one that never comes, so that every run has all its tokens."""
-
-    end_token = -1
+NO_END = -1  # an end token that never comes, so that every run has all its tokens
 
 
 def with_weights(config: ModelConfig) -> decoding.Weights:
     """A model with random weights, in float32."""
     network = model.SlimMoE(config)
     params = nn.unbox(jax.jit(lambda key: model.init(network, key))(jax.random.key(0)))
-    return decoding.Weights(network, params, RouterState.initial(config), NoEnd())
+    return decoding.Weights(network, params, RouterState.initial(config), NO_END)
 
 
 def cast(weights: decoding.Weights, dtype: str) -> decoding.Weights:
@@ -203,9 +198,9 @@ def timed(weights: decoding.Weights, prompts: np.ndarray, new: int) -> tuple[flo
     room = -(-new // decoding.ROOM) * decoding.ROOM
     started = time.perf_counter()
     inputs = (*decoding.pad_left(prompts), GREEDY, np.uint32(0))
-    end = jax.block_until_ready(decoding.prefill(network, params, router, *inputs, room=room, end_token=NoEnd.end_token))
+    end = jax.block_until_ready(decoding.prefill(network, params, router, *inputs, room=room, end_token=NO_END))
     filled = time.perf_counter()
-    end = decoding.decode(network, params, router, end, GREEDY, np.int32(new), end_token=NoEnd.end_token)
+    end = decoding.decode(network, params, router, end, GREEDY, np.int32(new), end_token=NO_END)
     jax.block_until_ready(end)
     return filled - started, time.perf_counter() - filled, end
 

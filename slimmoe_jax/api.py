@@ -137,7 +137,7 @@ class Trained:
 
     @functools.cached_property
     def _weights(self) -> Weights:
-        return Weights(self.model, decoding.cast_once(self.params, self.model.dtype), self.router, self.tokenizer)
+        return Weights(self.model, decoding.cast_once(self.params, self.model.dtype), self.router, self.tokenizer.end_token)
 
 
 @functools.partial(jax.jit, static_argnames="model")

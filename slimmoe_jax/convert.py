@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -213,12 +213,6 @@ def write_configs(
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-class _NoEnd:
-    """What decoding asks of a tokenizer: an end token, here one that never comes."""
-
-    end_token = -1
-
-
 def expected_answers(run: Run, tokenizer: Tokenizer) -> parity.Expected:
     """JAX's logits and greedy tokens on real text, the standard library's documentation; float32 whatever the run's precision."""
     model = state.build_model(dataclasses.replace(run.config, precision="float32", remat=False))
@@ -233,7 +227,7 @@ def expected_answers(run: Run, tokenizer: Tokenizer) -> parity.Expected:
     apply = jax.jit(lambda params, router, row: model.apply({"params": params}, row[None], router).logits()[0])
     with jax.default_matmul_precision("highest"):
         logits = np.stack([jax.device_get(apply(run.params, run.router, row)) for row in tokens])
-        weights = decoding.Weights(model, run.params, run.router, cast(Tokenizer, _NoEnd()))
+        weights = decoding.Weights(model, run.params, run.router, end_token=-1)
         prompt = tokens[0, : parity.PROMPT].tolist()
         (generated,) = decoding.generate_tokens(weights, [prompt], Sampling(temperature=0.0), new_tokens=parity.NEW_TOKENS, seed=0)
     return parity.Expected(tokens, logits, generated[0])

@@ -36,7 +36,7 @@ class Weights(NamedTuple):
     model: SlimMoE
     params: Any
     router: RouterState
-    tokenizer: Tokenizer
+    end_token: int  # with which a continuation ends; -1: none does
 
 
 def cast_once(params: Any, dtype: jnp.dtype) -> Any:
@@ -137,8 +137,8 @@ def generate_tokens(
       chunk: tokens a step of the iterator; 0: all at once. The tokens are the same whatever it is.
     Yields: [B, chunk] int32, fewer in the last. After a row's end token come end tokens only.
     """
-    model, params, router, tokenizer = weights
-    end_token, room = tokenizer.end_token, _round_up(new_tokens, ROOM)
+    model, params, router, end_token = weights
+    room = _round_up(new_tokens, ROOM)
     d = prefill(model, params, router, *pad_left(prompts), settings, np.uint32(seed % 2**32), room=room, end_token=end_token)
     given, limit = 0, min(chunk, 1) or new_tokens  # the first token is ready: it is not kept waiting for the next
     while True:
@@ -161,7 +161,7 @@ def generate_batch(
 ) -> list[list[int]]:
     """The continuation of each prompt, up to its end token."""
     (tokens,) = generate_tokens(weights, prompts, settings, new_tokens=new_tokens, seed=seed)
-    return [until_end(row, weights.tokenizer.end_token) for row in tokens]
+    return [until_end(row, weights.end_token) for row in tokens]
 
 
 def stream_tokens(
@@ -169,7 +169,7 @@ def stream_tokens(
 ) -> Iterator[int]:  # fmt: skip
     """The continuation of one prompt, token by token, up to the end token."""
     for chunk in generate_tokens(weights, [prompt], settings, new_tokens=new_tokens, seed=seed, chunk=1):
-        yield from until_end(chunk[0], weights.tokenizer.end_token)
+        yield from until_end(chunk[0], weights.end_token)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -208,6 +208,6 @@ def sample_text(
       InputError: the prompt is empty.
     """
     ids = chat.encode_prompt([Turn("user", prompt)], tokenizer) if as_chat else encode_text(prompt, tokenizer)
-    weights, settings = Weights(model, params, router, tokenizer), Sampling(temperature=float(temperature))
+    weights, settings = Weights(model, params, router, tokenizer.end_token), Sampling(temperature=float(temperature))
     (continuation,) = generate_batch(weights, [ids], settings, new_tokens=new_tokens, seed=seed)
     return tokenizer.decode(ids + continuation)

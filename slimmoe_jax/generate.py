@@ -61,18 +61,17 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--tokens = {args.tokens} leaves no room for a prompt in a context of {context}: lower it")
     sharding.cache_programs(run.config.compilation_cache)
     model = state.build_model(run.config)
-    weights = Weights(
-        model, decoding.cast_once(run.params, model.dtype), run.router, tokenizers.saved(run.directory, run.config.model.vocab_size)
-    )
+    tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
+    weights = Weights(model, decoding.cast_once(run.params, model.dtype), run.router, tokenizer.end_token)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? and goes on
     try:
         if chatting:
             if not any(part.format == "chat" for part in parts(run.config.data)):
                 say(f"{run.directory} was not trained on conversations: do not expect answers")
-            converse(weights, args, settings, context)
+            converse(weights, tokenizer, args, settings, context)
         else:
-            continue_prompts(weights, args, settings, context)
+            continue_prompts(weights, tokenizer, args, settings, context)
     except KeyboardInterrupt:
         print()
         return 0 if chatting else 130
@@ -148,9 +147,9 @@ def first_waited_for(tokens: Iterator[int]) -> Iterator[int]:
     return itertools.chain(first, tokens)
 
 
-def continue_prompts(weights: Weights, args: GenerateArgs, settings: Sampling, context: int) -> None:
+def continue_prompts(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, settings: Sampling, context: int) -> None:
     """Prints each prompt and its continuation: one as it comes, several one after another under a line of their own."""
-    prompts = [decoding.encode_text(text, weights.tokenizer) for text in args.prompt]
+    prompts = [decoding.encode_text(text, tokenizer) for text in args.prompt]
     kept = [decoding.newest(ids, context, args.tokens) for ids in prompts]
     for whole, ids in zip(prompts, kept, strict=True):
         if len(ids) < len(whole):
@@ -159,7 +158,7 @@ def continue_prompts(weights: Weights, args: GenerateArgs, settings: Sampling, c
         say(f"prompt and new tokens may exceed the context of {context} tokens that the model was trained on")
     options = dict(new_tokens=args.tokens, seed=args.seed)
     if len(prompts) == 1:
-        stream = TextStream(weights.tokenizer)
+        stream = TextStream(tokenizer)
         tokens = first_waited_for(decoding.stream_tokens(weights, kept[0], settings, **options))
         write(stream.push(*prompts[0]))
         for token in tokens:
@@ -169,7 +168,7 @@ def continue_prompts(weights: Weights, args: GenerateArgs, settings: Sampling, c
     with waiting("continuing the prompts"):
         continuations = decoding.generate_batch(weights, kept, settings, **options)
     for n, (ids, continuation) in enumerate(zip(prompts, continuations, strict=True), start=1):
-        print(f"--- {n} of {len(prompts)} ---\n{weights.tokenizer.decode(ids + continuation)}", flush=True)
+        print(f"--- {n} of {len(prompts)} ---\n{tokenizer.decode(ids + continuation)}", flush=True)
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -194,20 +193,20 @@ def user_turns() -> Iterator[str]:
             yield line
 
 
-def converse(weights: Weights, args: GenerateArgs, settings: Sampling, context: int) -> None:
+def converse(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, settings: Sampling, context: int) -> None:
     """Answers the user's turns one after another, with the turns before them as far as the context holds them."""
     turns = [Turn("system", args.system.strip())] if args.system.strip() else []
     told = False
     for n, line in enumerate(user_turns()):
         try:
-            kept, prompt = chat.fit_history([*turns, Turn("user", line)], weights.tokenizer, context - args.tokens)
+            kept, prompt = chat.fit_history([*turns, Turn("user", line)], tokenizer, context - args.tokens)
         except InputError as error:
             say(str(error))
             continue
         if len(kept) <= len(turns) and not told:
             say("the context is full: from here on the oldest exchanges are left out")
             told = True
-        reply = TextStream(weights.tokenizer, strip=True)
+        reply = TextStream(tokenizer, strip=True)
         for token in first_waited_for(
             decoding.stream_tokens(weights, prompt, settings, new_tokens=args.tokens, seed=args.seed + n)
         ):

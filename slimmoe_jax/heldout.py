@@ -47,8 +47,6 @@ def score(
       InputError: there is no batch.
     """
     sums = _run_all(functools.partial(eval_step, params, router), batches, mesh)
-    if not sums:
-        raise InputError("the validation split is empty: prepare the records with a larger data.validation_fraction")
     nats, targets = (sum(float(value) for value in column) for column in zip(*jax.device_get(sums), strict=True))
     loss = nats / targets
     return HeldOut(loss, int(targets), loss / math.log(2) / bytes_per_token)
@@ -58,7 +56,11 @@ def score_by_position(
     position_step: Callable[..., Any], params: Any, router: RouterState, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh,
     bytes_per_token: float, bins: list[tuple[int, int]],
 ) -> tuple[HeldOut, list[dict[str, float]]]:  # fmt: skip
-    """The same by `position_step` (from `make_position_step`, jitted), and a row for each bin of positions that has targets."""
+    """The same by `position_step` (from `make_position_step`, jitted), and a row for each bin of positions that has targets.
+
+    Raises:
+      InputError: there is no batch.
+    """
     sums = _run_all(functools.partial(position_step, params, router), batches, mesh)
     nats, targets = (np.array(column, np.float64).sum(axis=0) for column in zip(*jax.device_get(sums), strict=True))
     loss = float(nats.sum() / targets.sum())
@@ -76,6 +78,8 @@ def _run_all(function: Callable[..., Any], batches: Iterable[dict[str, np.ndarra
     for batch in batches:
         found.append(function(sharding.put_batch(batch, mesh)))
         jax.block_until_ready(found[-2:-1])
+    if not found:
+        raise InputError("the validation split is empty: prepare the records with a larger data.validation_fraction")
     return found
 
 

@@ -72,7 +72,7 @@ class SlimMoELM(LM):
         self._max_gen_toks = int(max_gen_toks)
         self._context = run.config.data.context
         self._tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
-        self._weights = decoding.Weights(state.build_model(run.config), run.params, run.router, self._tokenizer)
+        self._weights = decoding.Weights(state.build_model(run.config), run.params, run.router, self._tokenizer.end_token)
         self._scorer = likelihood.Scorer(self._weights.model, run.params, run.router, mesh, self.batch_size)
 
     # --- log-likelihood ---

@@ -153,10 +153,10 @@ class Trackio:
     def write(self, row: Row) -> None:
         if not self._mark.passes(row["step"]):
             return
-        values = scalars(row) | picture(row, self._library)
-        if "sample" in row:
-            values["sample"] = self._library.Markdown(verbatim(row["sample"]))
-        self._run.log(values, step=row["step"])
+        self._run.log(shown(row, self._library, self._text), step=row["step"])
+
+    def _text(self, text: str) -> Any:
+        return self._library.Markdown(verbatim(text))
 
     def close(self) -> None:
         with redirect_stdout(io.StringIO()):
@@ -198,10 +198,10 @@ class Wandb:
     def write(self, row: Row) -> None:
         if not self._mark.passes(row["step"]):
             return
-        values = scalars(row) | picture(row, self._library)
-        if "sample" in row:
-            values["sample"] = self._library.Html(f"<pre>{html.escape(row['sample'])}</pre>")
-        self._run.log(values, step=row["step"], commit=True)
+        self._run.log(shown(row, self._library, self._text), step=row["step"], commit=True)
+
+    def _text(self, text: str) -> Any:
+        return self._library.Html(f"<pre>{html.escape(text)}</pre>")
 
     def close(self) -> None:
         self._run.finish()
@@ -282,10 +282,14 @@ def routing_map(row: Row) -> np.ndarray | None:
     return np.array(canvas.buffer_rgba())
 
 
-def picture(row: Row, library: Any) -> dict[str, Any]:
-    """The row's routing map as the picture that `library`, trackio or wandb, takes; nothing where there is none."""
-    pixels = routing_map(row)
-    return {} if pixels is None else {"routing_map": library.Image(pixels, caption=f"step {row['step']}")}
+def shown(row: Row, library: Any, as_text: Callable[[str], Any]) -> dict[str, Any]:
+    """What `library`, trackio or wandb, gets of a row: its numbers, its routing map and, in the form of `as_text`, its sample."""
+    values: dict[str, Any] = dict(scalars(row))
+    if (pixels := routing_map(row)) is not None:
+        values["routing_map"] = library.Image(pixels, caption=f"step {row['step']}")
+    if "sample" in row:
+        values["sample"] = as_text(row["sample"])
+    return values
 
 
 def _map(axes: Any, values: np.ndarray, most: float, title: str, x: str) -> None:

@@ -29,18 +29,11 @@ PROMPTS = [[int(t) for t in np.random.default_rng(n).integers(0, 50, n)] for n i
 NEW = 12
 
 
-class Spelled:
-    """Stands in for a tokenizer where only its end token matters."""
-
-    def __init__(self, end_token):
-        self.end_token = end_token
-
-
 def weights_of(config, end_token=-1):
     params = nn.unbox(jax.jit(lambda key: model.init(model.SlimMoE(config), key))(jax.random.key(0)))
     router = RouterState.initial(config)
     router = router.replace(bias=jax.random.normal(jax.random.key(1), router.bias.shape))
-    return Weights(model.SlimMoE(config), params, router, Spelled(end_token))
+    return Weights(model.SlimMoE(config), params, router, end_token)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +76,7 @@ def test_nothing_comes_after_the_end_token(weights):
     plain = [uncached(weights, prompt, NEW) for prompt in PROMPTS]
     end = plain[0][4]
     expected = [row[: row.index(end)] if end in row else row for row in plain]
-    ending, greedy = weights._replace(tokenizer=Spelled(end)), Sampling(temperature=0.0)
+    ending, greedy = weights._replace(end_token=end), Sampling(temperature=0.0)
     assert decoding.generate_batch(ending, PROMPTS, greedy, new_tokens=NEW, seed=0) == expected
     assert list(decoding.stream_tokens(ending, PROMPTS[0], greedy, new_tokens=NEW, seed=0)) == expected[0]
     (tokens,) = decoding.generate_tokens(ending, PROMPTS, greedy, new_tokens=NEW, seed=0)

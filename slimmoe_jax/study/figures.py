@@ -112,18 +112,22 @@ def loss_by_position(panels: Panels) -> Figure:
 
 
 @_styled
-def loss_against_cache(lines: Sequence[Line]) -> Figure:
-    """Validation loss against the size of the KV cache, with the 95% interval over seeds."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for line, style in zip(lines, _styles(len(lines)), strict=True):
-        loss = statistics.interval([run.result["validation_loss"] for run in line.runs])
-        cache = line.runs[0].result["kv_bytes_per_token"] / 1024
-        half = None if np.isnan(loss.half) else loss.half
-        axes.errorbar(cache, loss.mean, half, **style | {"linestyle": "none"}, capsize=3, label=line.label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set(xlabel="KV cache, KiB a token (float32)", ylabel="validation loss, nats a token")
-    _legend(figure, axes, len(lines))
+def loss_against_cache(panels: Panels) -> Figure:
+    """Validation loss against the size of the KV cache: each run, and the means of a line's runs of one size."""
+
+    def draw(axes: Axes, line: Line, style: dict[str, Any]) -> None:
+        losses: dict[float, list[float]] = {}
+        for run in line.runs:
+            losses.setdefault(run.result["kv_bytes_per_token"] / 1024, []).append(run.result["validation_loss"])
+        sizes = sorted(losses)
+        axes.plot(sizes, [np.mean(losses[size]) for size in sizes], **style, label=line.label)
+        for size in sizes:
+            axes.plot([size] * len(losses[size]), losses[size], linestyle="none", marker="_", color=style["color"])
+
+    figure = _panels(panels, draw, "KV cache, KiB a token (float32)", "validation loss, nats a token")
+    for axes in figure.axes:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     return figure
 
 
@@ -326,14 +330,6 @@ def _styles(number: int) -> list[dict[str, Any]]:
         {"color": colour, "linestyle": STYLES[n % len(STYLES)], "marker": MARKERS[n % len(MARKERS)], "linewidth": 1.4}
         for n, colour in enumerate(colours)
     ]
-
-
-def _legend(figure: Figure, axes: Axes, number: int) -> None:
-    """Beside the axes where it would hide the points."""
-    if number > 6:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=7)
-    else:
-        axes.legend(frameon=False)
 
 
 def _smooth(loss: np.ndarray) -> np.ndarray:

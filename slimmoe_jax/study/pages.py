@@ -344,8 +344,9 @@ def _figures(page: Page, panels: Mapping[str, Sequence[Line]], shown: Mapping[st
         figures.loss_by_position(panels),
     )  # fmt: skip
     if len({run.result["kv_bytes_per_token"] for runs in shown.values() for run in runs}) > 1:
-        lines = [Line(name, runs) for name, runs in shown.items()]
-        page.figure("loss_cache", "Validation loss against the size of the KV cache.", figures.loss_against_cache(lines))
+        page.figure("loss_cache", f"Validation loss against the size of the KV cache; dashes are runs.{mean}",
+            figures.loss_against_cache(panels),
+        )  # fmt: skip
     page.text("## Routing")
     label = next(iter(shown))
     routed = next(((name, runs[0]) for name, runs in shown.items() if runs[0].config.model.is_moe), (label, first))
