@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --dense                                    # beside a dense model of as many FLOPs
     python benchmarks/train_step.py --breakdown                                # where the time goes, from a profile
     python benchmarks/train_step.py --records DIR                              # beside input read from prepared records
-    python benchmarks/train_step.py --xla-flags "--xla_gpu_enable_triton_gemm=false" "--xla_gpu_autotune_level=0"
+    python benchmarks/train_step.py --xla-flags=--xla_gpu_enable_triton_gemm=false --xla-flags=--xla_gpu_autotune_level=0
 
 Options with several values are tried in all combinations, each in a fresh process, after an untimed warm-up; a step's time is that
 of a train loop which never waits for the device but at the end of every --group steps. MFU counts FLOPs of the experts that tokens
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--remat", type=int, nargs="+", choices=(0, 1), default=[0])
     parser.add_argument("--dense", action="store_true", help="beside each, the dense model of as many FLOPs")
     parser.add_argument("--records", default="", help="beside each, the same on batches read from this folder of prepared records")
-    parser.add_argument("--xla-flags", nargs="+", default=[], help="beside each, the same with these flags, one set after another")
+    parser.add_argument("--xla-flags", action="append", default=[], help="beside each, the same with these; once for each set")
     parser.add_argument("--return-memory", action="store_true", help="on a CPU, beside each, the same without keeping freed memory")
     parser.add_argument("--breakdown", action="store_true", help="shares of the parts, from a profile")
     for name, default in (("steps", 50 if gpu else 20), ("warmup", 20 if gpu else 5), ("group", 5)):

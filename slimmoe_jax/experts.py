@@ -1,7 +1,7 @@
 """Expert dispatch: four ways to send tokens through the experts that they chose, behind one function.
 
 Axes: B batch, S sequence, D model, E experts, F expert hidden, K most experts a token, C slots an expert and sequence,
-P = S K (token, choice) pairs, M rows of the expert buffer.
+P = S K (token, choice) pairs, M rows of the expert buffer, R = B C rows of an expert.
 
 - `dense`: every expert computes every token; unchosen results have gate 0. The oracle, and exact at any batch size.
 - `capacity`: each expert takes at most C tokens of a sequence, earlier tokens first, so that shapes are static and no token
@@ -121,10 +121,12 @@ def _capacity(
     def up(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
         rows = nn.with_logical_constraint(rows.swapaxes(0, 1), ("expert", "group", None, None))
-        return jnp.einsum("EBCD,EDF->EBCF", rows, weight)
+        # One axis of rows: on a CPU, a gradient that contracts two costs a transposed copy of the hidden layer.
+        return jnp.einsum("ERD,EDF->ERF", rows.reshape(experts, batch * slots, width), weight)
 
     def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-        return jnp.einsum("EBCF,EFD->EBCD", dropout(_activate(hidden, gate)), weights.down)
+        out = jnp.einsum("ERF,EFD->ERD", dropout(_activate(hidden, gate)), weights.down)
+        return out.reshape(experts, batch, slots, width)
 
     hidden = _lean(up)(x, weights.up)
     out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
