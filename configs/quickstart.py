@@ -11,7 +11,7 @@ from slimmoe_jax.config import CheckpointConfig, DataConfig, EvalConfig, ModelCo
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="quickstart",
-        # 300 steps x 8 sequences x 256 tokens = 0.6M of the 3.6M tokens there are
+        # 300 steps x 8 sequences x 256 tokens = 0.6M of the 3.4M tokens there are
         steps=300,
         log_every=1,
         model=ModelConfig(
