@@ -278,7 +278,9 @@ def load_run(path: str | Path, mesh: Mesh) -> Run:
     """
     directory, wanted = config_lib.split_run_path(path)
     if not (directory / "checkpoints").is_dir():
-        raise InputError(f"{path} holds no run (there is no folder checkpoints): give the folder of a training run")
+        exported = any(directory.glob("*.safetensors"))
+        mend = "convert --from-hf makes a run of it" if exported else "give the folder of a training run"
+        raise InputError(f"{path} holds no run (there is no folder checkpoints): {mend}")
     checkpoints = Checkpoints(directory)
     try:
         if wanted == "best" and checkpoints.best is None:

@@ -443,6 +443,7 @@ def inherit(config: TrainConfig) -> TrainConfig:
         name = json.loads((run / "tokenizer.json").read_text())["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--init-from {config.init_from} holds no run (no readable tokenizer.json in {run}): give a run's folder"
+            f"--init-from {config.init_from} holds no run (no readable tokenizer.json in {run}): train that run first, or give "
+            "another's folder"
         ) from error
     return override(config, {"data.tokenizer": "gpt2" if name == "gpt2" else str(run / "tokenizer.model")})

@@ -116,6 +116,8 @@ def test_it_answers_a_conversation(trained, monkeypatch):
     [
         (lambda t: t.generate(""), "the prompt is empty"),
         (lambda t: t.generate("a", temperature=-1), "temperature"),
+        (lambda t: t.generate("a", tokens=-1), "tokens = -1: give at least 1"),
+        (lambda t: t.chat([{"role": "user", "content": "a"}], tokens=0), "tokens = 0: give at least 1"),
         (lambda t: t.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), "without a turn of the user"),
         (lambda t: t.chat([{"role": "robot", "content": "a"}]), "role 'robot'"),
         (lambda t: t.evaluate("missing.jsonl"), "missing.jsonl"),

@@ -98,6 +98,10 @@ def test_what_cannot_be_restored_is_named(tmp_path, fresh, mesh):
         found.restore(wider, mesh)
     with pytest.raises(InputError, match="holds no run"):
         checkpoint.load_run(tmp_path / "elsewhere", mesh)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").touch()
+    with pytest.raises(InputError, match="--from-hf makes a run of it"):
+        checkpoint.load_run(tmp_path / "exported", mesh)
 
 
 def test_an_unfinished_save_does_not_count(tmp_path, fresh):

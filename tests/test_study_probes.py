@@ -94,6 +94,7 @@ def make_needles(lengths=(64, 161), rows=4):
 def test_needles_are_asked_at_every_depth_and_length():
     """For each length the needle at three depths, and once its absence, in the middle; each row exactly that long."""
     _, tasks = make_needles()
+    assert len({task.title for task in tasks}) == len(tasks), "progress lines tell them apart"
     kinds = [("needle", 0.0), ("needle", 0.5), ("needle", 1.0), ("needle_absent", 0.5)]
     assert [(task.length, task.kind, task.depth) for task in tasks] == [(n, *kind) for n in (64, 161) for kind in kinds]
     for task in tasks:

@@ -167,7 +167,7 @@ def _asked(run: Run, records: records_lib.Records, mesh: Mesh, effort: Effort) -
     if len(text) >= effort.probe_rows:
         lengths = [length for length in (context, longest) if length >= probes.SHORTEST_NEEDLE]
         tasks += probes.needles(text, vocabulary, lengths, effort.probe_rows, seed=2)
-    answered = [probes.answer(task, *ask(task.tokens, f"{task.kind} {task.length}")[:2]) for task in tasks]
+    answered = [probes.answer(task, *ask(task.tokens, task.title)[:2]) for task in tasks]
     result["probes"] = answered
     result |= _probe_means(answered, context)
 

@@ -32,6 +32,12 @@ class Task(NamedTuple):
     scored: np.ndarray  # [n] int, places of the tokens that are to be foretold
     before: np.ndarray | None = None  # [n] int, places of the same tokens where nothing foretells them
 
+    @property
+    def title(self) -> str:
+        """What a progress line calls it."""
+        depth = f", depth {self.depth:.0%}" if self.kind == "needle" else ""
+        return f"{self.kind.replace('_', ' ')}, {self.length} tokens{depth}"
+
 
 def frequent_tokens(counts: np.ndarray, share: float = 0.9) -> np.ndarray:
     """The tokens that make up a share of a text, most frequent first; the model has seen each of them."""
