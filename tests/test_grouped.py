@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from slimmoe_jax import experts, grouped, routing, sharding, train
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, RouterConfig
@@ -148,8 +149,11 @@ def test_kernels_lower_for_cuda(monkeypatch, capsys, dtype):
         return product, back(cotangent)
 
     shapes = ((131_072, 768), dtype), ((4, 768, 1_536), dtype), ((4,), jnp.int32), ((131_072, 1_536), dtype)
-    traced = jax.jit(step).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # From JAX 0.11.2 on, kernels are lowered for a named GPU, and where there is none it has to be told which.
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        traced = jax.jit(step).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("grouped_dot", "grouped_dot_transposed", "grouped_dot_weights"):
         assert re.search(rf'custom_call.*triton.*"{kernel}"', program)
     kernels = capsys.readouterr().out
