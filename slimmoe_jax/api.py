@@ -92,7 +92,6 @@ class Trained:
         Raises:
           InputError: a prompt is empty, or a setting is out of its range.
         """
-        _check_room(tokens)
         settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         sampling.check(settings)
         prompts = [decoding.encode_text(text, self.tokenizer) for text in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -110,7 +109,6 @@ class Trained:
         Raises:
           InputError: these are no turns of a conversation, or the newest does not fit.
         """
-        _check_room(tokens)
         try:
             turns = chat.turns_of(messages)
         except ValueError as error:
@@ -140,11 +138,6 @@ class Trained:
     @functools.cached_property
     def _weights(self) -> Weights:
         return Weights(self.model, decoding.cast_once(self.params, self.model.dtype), self.router, self.tokenizer.end_token)
-
-
-def _check_room(tokens: int) -> None:
-    if tokens < 1:
-        raise InputError(f"tokens = {tokens}: give at least 1")
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -136,7 +136,11 @@ def generate_tokens(
     Args:
       chunk: tokens a step of the iterator; 0: all at once. The tokens are the same whatever it is.
     Yields: [B, chunk] int32, fewer in the last. After a row's end token come end tokens only.
+    Raises:
+      InputError: no new token is asked for.
     """
+    if new_tokens < 1:
+        raise InputError(f"tokens = {new_tokens}: give at least 1")
     model, params, router, end_token = weights
     room = _round_up(new_tokens, ROOM)
     d = prefill(model, params, router, *pad_left(prompts), settings, np.uint32(seed % 2**32), room=room, end_token=end_token)

@@ -6,6 +6,10 @@ import dataclasses
 
 import numpy as np
 
+from slimmoe_jax.data.records import Records
+
+MOST_TOKENS = 20_000_000  # of the training split; more would not change the figures, only the memory
+
 
 @dataclasses.dataclass(frozen=True)
 class NgramLosses:
@@ -14,6 +18,14 @@ class NgramLosses:
     unigram: float
     bigram: float
     training_tokens: int
+
+
+def of_records(records: Records, scored: int) -> NgramLosses:
+    """Fits both models on the training split and scores the first `scored` held-out records; 0: all."""
+    train, held_out = records.split("train"), records.split("validation")
+    targets = held_out.read(np.arange(min(len(held_out), scored or len(held_out))))
+    training = train.read(np.arange(min(len(train), MOST_TOKENS // records.context)))
+    return fit_and_score(training, targets, records.vocab_size)
 
 
 def fit_and_score(training: np.ndarray, held_out: np.ndarray, vocab_size: int) -> NgramLosses:

@@ -190,7 +190,10 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
     # --- done ---
     if config.eval.ngrams and distributed.is_first() and validation_loss is not None:
-        _compare_with_ngrams(config, records, _evaluation_rows(config, mesh) * config.eval.batches, validation_loss)
+        bars = ngrams.of_records(records, _evaluation_rows(config, mesh) * config.eval.batches)
+        distributed.say(
+            f"validation loss, nats a token: unigram {bars.unigram:.3f}, bigram {bars.bigram:.3f}, this model {validation_loss:.3f}"
+        )
     distributed.say(f"finished {number} steps; the run is in {workdir}. Next:")
     if config.data.format == "multiple_choice":
         distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir} --tasks held-out --held-out")
@@ -281,17 +284,6 @@ def _held_out(
 def _evaluation_rows(config: TrainConfig, mesh: Mesh) -> int:
     """Records in a batch of an evaluation."""
     return sharding.padded_rows(min(config.data.batch_size, 32), mesh)
-
-
-def _compare_with_ngrams(config: TrainConfig, records: records_lib.Records, scored: int, validation_loss: float) -> None:
-    """Prints the losses of n-gram models on the same `scored` held-out records; 0: all."""
-    train, held_out = records.split("train"), records.split("validation")
-    most = 20_000_000 // config.data.context  # records; more would not change the figures, only the memory
-    targets = held_out.read(np.arange(min(len(held_out), scored or len(held_out))))
-    fitted = ngrams.fit_and_score(train.read(np.arange(min(len(train), most))), targets, records.vocab_size)
-    distributed.say(
-        f"validation loss, nats a token: unigram {fitted.unigram:.3f}, bigram {fitted.bigram:.3f}, this model {validation_loss:.3f}"
-    )
 
 
 class Log:

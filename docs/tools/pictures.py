@@ -9,19 +9,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-from slimmoe_jax import config as config_lib  # noqa: E402
-from slimmoe_jax import metrics, ngrams  # noqa: E402
-from slimmoe_jax.data import records  # noqa: E402
+from slimmoe_jax import config as config_lib
+from slimmoe_jax import metrics, ngrams
+from slimmoe_jax.data import records
+from slimmoe_jax.study.figures import LOOKS
 
 DOCS = Path(__file__).parents[1]
-LOOKS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 BLUE, ORANGE = "#31688e", "#e08214"
 ATTENTION = {"mha": "MHA", "gqa": "GQA", "vgqa": "VGQA", "mqa": "MQA"}
 POSITIONS = {"rope": "RoPE in all layers", "hybrid": "NoPE in one layer of four", "nope": "NoPE in all layers"}
@@ -55,9 +51,7 @@ def quickstart(run: Path) -> plt.Figure:
     """Training and validation loss by tokens seen, and the losses of n-gram models of the same records."""
     config = config_lib.load(run / "config.json")
     opened = records.open_records(config_lib.records_dir(config.data), config.data.context)
-    train, held_out = opened.split("train"), opened.split("validation")
-    scored = min(len(held_out), config.eval.batches * config.data.batch_size or len(held_out))  # in training
-    bars = ngrams.fit_and_score(train.read(np.arange(len(train))), held_out.read(np.arange(scored)), opened.vocab_size)
+    bars = ngrams.of_records(opened, config.eval.batches * config.data.batch_size)  # as training scored
     rows = metrics.read_jsonl(run / "metrics.jsonl")
     tokens_a_step = config.data.batch_size * config.data.context
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")

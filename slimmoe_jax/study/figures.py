@@ -116,13 +116,11 @@ def loss_against_cache(panels: Panels) -> Figure:
     """Validation loss against the size of the KV cache: each run, and the means of a line's runs of one size."""
 
     def draw(axes: Axes, line: Line, style: dict[str, Any]) -> None:
-        losses: dict[float, list[float]] = {}
-        for run in line.runs:
-            losses.setdefault(run.result["kv_bytes_per_token"] / 1024, []).append(run.result["validation_loss"])
-        sizes = sorted(losses)
-        axes.plot(sizes, [np.mean(losses[size]) for size in sizes], **style, label=line.label)
-        for size in sizes:
-            axes.plot([size] * len(losses[size]), losses[size], linestyle="none", marker="_", color=style["color"])
+        cache = np.array([run.result["kv_bytes_per_token"] / 1024 for run in line.runs])
+        loss = np.array([run.result["validation_loss"] for run in line.runs])
+        sizes = np.unique(cache)
+        axes.plot(sizes, [loss[cache == size].mean() for size in sizes], **style, label=line.label)
+        axes.plot(cache, loss, linestyle="none", marker="_", color=style["color"])
 
     figure = _panels(panels, draw, "KV cache, KiB a token (float32)", "validation loss, nats a token")
     for axes in figure.axes:
