@@ -5,7 +5,7 @@ probabilities anew from the queries, the keys and each query's log-sum-exp, so t
 (FlashAttention, Dao et al., arXiv 2205.14135, section 3.1; here a block of keys is all of them up to the diagonal).
 
 Axes: B batch, S sequence, K kv heads, G query heads a kv head, N = K G query heads, H head dimension, Q queries of a block,
-T keys that the block sees.
+T keys that the block sees, M = G Q.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
     grad = _group(grad, k.shape[1])
     along = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # sum_t P_t dP_t of each query
     d_query: list[jax.Array] = []
-    d_key, d_value = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_key = d_value = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)  # [B, K, H, S], see `_over_queries`
     for first, end in blocks(q.shape[3]):
         rows = slice(first, end)
         q = _after(q, d_query)
@@ -62,11 +62,12 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, 
         d_probabilities = jnp.einsum("BKGQH,BKTH->BKGQT", grad[..., rows, :], v[:, :, :end], preferred_element_type=jnp.float32)
         d_scores = (probabilities * (d_probabilities - along[..., rows, :])).astype(q.dtype)
         d_query.append(jnp.einsum("BKGQT,BKTH->BKGQH", d_scores, k[:, :, :end]))
-        d_key = d_key.at[:, :, :end].add(_over_queries(d_scores, q[..., rows, :]))
-        d_value = d_value.at[:, :, :end].add(_over_queries(probabilities.astype(v.dtype), grad[..., rows, :]))
+        d_key = d_key.at[..., :end].add(_over_queries(d_scores, q[..., rows, :]))
+        d_value = d_value.at[..., :end].add(_over_queries(probabilities.astype(v.dtype), grad[..., rows, :]))
     scale = q.shape[-1] ** -0.5
     d_query_whole = jnp.concatenate(d_query, axis=3) * scale
-    return _ungroup(d_query_whole), (d_key * scale).astype(k.dtype).swapaxes(1, 2), d_value.astype(v.dtype).swapaxes(1, 2), None
+    d_key, d_value = (d_key * scale).astype(k.dtype), d_value.astype(v.dtype)
+    return _ungroup(d_query_whole), d_key.transpose(0, 3, 1, 2), d_value.transpose(0, 3, 1, 2), None
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -94,8 +95,12 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, first: int, end:
 
 
 def _over_queries(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """[B, K, G, Q, T] and [B, K, G, Q, H] -> [B, K, T, H] float32."""
-    return jnp.einsum("BKGQT,BKGQH->BKTH", weights, rows, preferred_element_type=jnp.float32)
+    """[B, K, G, Q, T] and [B, K, G, Q, H] -> [B, K, H, T] float32.
+
+    With one contracted axis and T last, a CPU needs no transposed copy of the weights.
+    """
+    weights, rows = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (weights, rows))  # G Q as one axis
+    return jnp.einsum("BKMH,BKMT->BKHT", rows, weights, preferred_element_type=jnp.float32)
 
 
 def _group(x: jax.Array, kv_heads: int) -> jax.Array:
