@@ -115,8 +115,8 @@ def _capacity(
 ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x.shape
     experts, slots = config.experts, capacity(config, length)
-    choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
-    plan = jax.vmap(lambda e, c: _plan(e, c, experts, slots))(choice, chosen)
+    choices = _choices(mask, config.router.max_experts)
+    plan = jax.vmap(lambda c: _plan(c, slots))(choices)
 
     def up(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
@@ -131,9 +131,8 @@ def _capacity(
     hidden = _lean(up)(x, weights.up)
     out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
     out = jax.vmap(_rows_of_pairs)(out.swapaxes(0, 1).reshape(batch, experts * slots, width), plan)
-    y = _combine(out, gate_of_choice)
-    full = (plan.slot_of_pair == experts * slots) & chosen
-    return y, jnp.any(full[..., None] & jax.nn.one_hot(choice, experts, dtype=bool), axis=-2)
+    full = plan.slot_of_pair == experts * slots
+    return _combine(out, _gate_of_choice(gates, choices)), jnp.any(choices & full[:, :, None, :], axis=-1)
 
 
 def _ragged(
@@ -146,9 +145,9 @@ def _ragged(
     product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     batch, length, width = x.shape
-    choice, gate_of_choice, chosen = _choices(gates, mask, config.router.max_experts)
+    choices = _choices(mask, config.router.max_experts)
     tokens = (batch * length, -1)
-    plan = _plan(choice.reshape(tokens), chosen.reshape(tokens), config.experts, slots=None)
+    plan = _plan(choices.reshape(batch * length, *choices.shape[2:]), slots=None)
 
     def up(x: jax.Array, weight: jax.Array) -> jax.Array:
         return product(_rows_of_tokens(x.reshape(tokens), plan), weight, plan.group_sizes)
@@ -158,7 +157,7 @@ def _ragged(
 
     hidden = _lean(up)(x, weights.up)
     out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
-    return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), gate_of_choice)
+    return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), _gate_of_choice(gates, choices))
 
 
 def _lean(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -178,38 +177,39 @@ def _combine(outputs: jax.Array, gate_of_choice: jax.Array) -> jax.Array:
     return jnp.einsum("BSKD,BSK->BSD", outputs, gate_of_choice.astype(outputs.dtype))
 
 
-def _choices(gates: jax.Array, mask: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The experts of each token as a list: which [.., K], with what gate [.., K], and whether the entry is one [.., K]."""
-    chosen, choice = jax.lax.top_k(mask.astype(jnp.int32), most)
-    one_hot = jax.nn.one_hot(choice, mask.shape[-1], dtype=gates.dtype)  # a product, so that its gradient is no scatter
-    return choice, jnp.einsum("...KE,...E->...K", one_hot, gates), chosen.astype(bool)
+def _choices(mask: jax.Array, most: int) -> jax.Array:
+    """[.., E] bool -> [.., E, K] bool, whether an expert is a token's k-th choice, in the order of the experts."""
+    place = jnp.cumsum(mask, axis=-1) - 1
+    return mask[..., None] & jax.nn.one_hot(place, most, dtype=bool)
 
 
-def _plan(choice: jax.Array, chosen: jax.Array, experts: int, slots: int | None) -> Plan:
-    """Sorts pairs by expert, in token order within each.
+def _gate_of_choice(gates: jax.Array, choices: jax.Array) -> jax.Array:
+    """[.., E] and [.., E, K] -> [.., K], 0 where there is no such choice: a product, so that its gradient is no scatter."""
+    return jnp.einsum("...E,...EK->...K", gates, choices.astype(gates.dtype))
+
+
+def _plan(choices: jax.Array, slots: int | None) -> Plan:
+    """Gives pairs slots, expert by expert, in token order within each.
 
     Args:
-      choice: [S, K] int32 experts; chosen: [S, K] bool, whether the entry is one.
+      choices: [S, E, K] bool, of each token.
       slots: C, an expert's places; None packs the experts' pairs one after another without gaps.
     """
-    pairs = choice.size
-    expert = jnp.where(chosen, choice, experts).reshape(-1)  # E sorts what is not chosen to the end
-    by_pair = jax.nn.one_hot(expert, experts, dtype=jnp.int32)  # [P, E]
-    rank = jnp.sum((jnp.cumsum(by_pair, axis=0) - 1) * by_pair, axis=-1)  # place within its expert
-    group_sizes = by_pair.sum(axis=0)
-    first = jnp.cumsum(group_sizes) - group_sizes  # [E] where each expert starts in sorted order
-    order = jnp.argsort(expert, stable=True)  # [P] pair at each sorted place
+    length, experts, most = choices.shape
+    mask = choices.any(axis=-1)
+    rank = jnp.cumsum(mask, axis=0) - 1  # [S, E] place within the expert
+    group_sizes = mask.sum(axis=0)
     if slots is None:
-        total = group_sizes.sum()
-        slot_of_pair = jnp.where(expert < experts, jnp.append(first, 0)[expert] + rank, pairs)
-        pair_of_slot = jnp.where(jnp.arange(pairs) < total, order, pairs)
+        first, total = jnp.cumsum(group_sizes) - group_sizes, length * most
     else:
-        fits = (expert < experts) & (rank < slots)
-        slot_of_pair = jnp.where(fits, expert * slots + rank, experts * slots)
-        place = jnp.arange(slots)[None, :]
-        pair_of_slot = order[jnp.minimum(first[:, None] + place, pairs - 1)]  # [E, C]
-        pair_of_slot = jnp.where(place < group_sizes[:, None], pair_of_slot, pairs).reshape(-1)
-    return Plan(slot_of_pair.reshape(choice.shape), pair_of_slot, group_sizes)
+        first, total = jnp.arange(experts) * slots, experts * slots
+        mask &= rank < slots
+    slot = jnp.where(mask, first[None, :] + rank, total)
+    slot_of_pair = jnp.where(choices, slot[..., None], total).min(axis=1)
+    pair_of_slot = jnp.full(total, length * most).at[slot_of_pair.reshape(-1)].set(
+        jnp.arange(length * most), mode="drop", unique_indices=True
+    )  # fmt: skip
+    return Plan(slot_of_pair, pair_of_slot, group_sizes)
 
 
 def _read(rows: jax.Array, index: jax.Array) -> jax.Array:
