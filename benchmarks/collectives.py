@@ -29,7 +29,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from slimmoe_jax import config as config_lib  # noqa: E402
-from slimmoe_jax import optim, sharding, state, step  # noqa: E402
+from slimmoe_jax import sharding, state, step  # noqa: E402
 from slimmoe_jax.config import MeshConfig  # noqa: E402
 from slimmoe_jax.progress import short  # noqa: E402
 
@@ -45,12 +45,10 @@ def compiled_step() -> str:
     config = config_lib.override(config, changes)
     mesh = sharding.make_mesh(config.mesh)
     like = state.abstract(config, mesh)
-    layout = (jax.tree.map(lambda leaf: leaf.sharding, like), sharding.replicated(mesh))
     shape = (config.data.batch_size, config.data.context + 1)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))}
     with sharding.use(mesh):
-        run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
-        return jax.jit(run, donate_argnums=0, out_shardings=layout).lower(like, batch).compile().as_text()
+        return step.jit_train_step(config, mesh, end_token=0).lower(like, batch).compile().as_text()
 
 
 def collectives(program: str) -> dict[tuple[str, int], list[int]]:

@@ -33,7 +33,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from common import header, machine, one_device, row, spread  # noqa: E402
 
-from slimmoe_jax import attention, blockwise, metrics, optim, sharding, state, step  # noqa: E402
+from slimmoe_jax import attention, blockwise, metrics, sharding, state, step  # noqa: E402
 from slimmoe_jax import config as config_lib  # noqa: E402
 from slimmoe_jax.config import DataConfig, ModelConfig, RouterConfig, TrainConfig  # noqa: E402
 
@@ -91,14 +91,13 @@ class Training:
     def __init__(self, config: TrainConfig):
         mesh = one_device()
         like = state.abstract(config, mesh)
-        layout = (jax.tree.map(lambda leaf: leaf.sharding, like), sharding.replicated(mesh))
         shape = (config.data.batch_size, config.data.context + 1)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
         self._batch = jax.device_put({"tokens": tokens}, sharding.batch_sharding(mesh))
         with sharding.use(mesh):
-            run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
+            run = step.jit_train_step(config, mesh, end_token=0)
             started = time.perf_counter()
-            self._run = jax.jit(run, donate_argnums=0, out_shardings=layout).lower(like, self._batch).compile()
+            self._run = run.lower(like, self._batch).compile()
             self.compile_seconds = time.perf_counter() - started
         self._state = state.create(config, mesh)
         self.seconds: list[float] = []  # of each step

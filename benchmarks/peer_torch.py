@@ -81,15 +81,14 @@ def train_jax(side: Side, config: TrainConfig, weights: Path) -> Callable[[int],
     """Builds our side. The function trains so many steps and returns the first one's loss."""
     import jax
 
-    from slimmoe_jax import optim, sharding, state, step
+    from slimmoe_jax import sharding, state, step
 
     if side.experts:
         config = config_lib.override(config, {"model.dispatch": side.experts})
     sharding.cache_programs(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh)
     current = state.create(config, mesh)
-    run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
-    run = jax.jit(run, donate_argnums=0)
+    run = step.jit_train_step(config, mesh, end_token=0)
     feed = itertools.cycle({"tokens": tokens} for tokens in zipf_tokens(config, BATCHES))
 
     def train(steps: int) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 from common import header, machine, one_device, row
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import optim, sharding, state, step
+from slimmoe_jax import sharding, state, step
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.data import records
 
@@ -68,8 +68,7 @@ def train(config: TrainConfig, opened: records.Records, order: int) -> tuple[np.
     """The loss of each step, and steps a second after the first ones. `order` is the seed of the batches."""
     mesh = one_device()
     current = state.create(config, mesh)
-    run = step.make_train_step(config, state.build_model(config), optim.make(config), opened.end_token)
-    run = jax.jit(run, donate_argnums=0)
+    run = step.jit_train_step(config, mesh, opened.end_token)
     rows, losses = batches(opened.split("train"), config.data.batch_size, order), []
     with sharding.use(mesh):
         for n in range(config.steps):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import optim, sharding, state, step
+from slimmoe_jax import sharding, state, step
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.data import loading, records
 
@@ -33,8 +33,7 @@ def losses(config: TrainConfig, mixture: records.Mixture, end_token: int) -> np.
     """The training loss of each step."""
     mesh = sharding.make_mesh(config.mesh)
     current = state.create(config, mesh)
-    run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token)
-    run = jax.jit(run, donate_argnums=0)
+    run = step.jit_train_step(config, mesh, end_token)
     batches, found = records.batches(mixture, config.data.batch_size, seed=config.seed), []
     with sharding.use(mesh):
         for _ in range(config.steps):

@@ -91,12 +91,12 @@ def measure(spec: Row, steps: int, warmup: int, group: int, breakdown: bool) -> 
     """Trains, and returns what the table shows."""
     import jax
 
-    from slimmoe_jax import attention, experts, metrics, optim, sharding, state, step
+    from slimmoe_jax import attention, experts, metrics, sharding, state, step
 
     config = spec.config
     mesh = sharding.make_mesh(config.mesh)
     current = state.create(config, mesh)
-    run = jax.jit(step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0), donate_argnums=0)
+    run = step.jit_train_step(config, mesh, end_token=0)
     feed = real_batches(config, spec.records) if spec.records else synthetic_batches(config)
     with sharding.use(mesh), tempfile.TemporaryDirectory() as cache:
         batch = sharding.put_batch(next(feed), mesh)

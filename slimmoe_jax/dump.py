@@ -79,7 +79,8 @@ def replay(directory: Path) -> Replayed:
         return nll.sum(axis=1) / jnp.maximum(inputs["weights"].sum(axis=1), 1)
 
     with sharding.use(mesh):
-        _, metrics = jax.jit(step.make_train_step(config, model, optimizer, end_token))(before, batch)
+        train_step = step.make_train_step(config, model, optimizer, end_token)
+        _, metrics = jax.jit(train_step, compiler_options=step.compiler_options())(before, batch)
         of_records = jax.jit(record_losses)(run.params, run.router, batch)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.params))
     return Replayed(

@@ -49,12 +49,9 @@ def _initial(config: TrainConfig, model: SlimMoE | None) -> TrainState:
 
 def abstract(config: TrainConfig, mesh: Mesh, model: SlimMoE | None = None) -> TrainState:
     """The state's shapes, types and shardings, without its values."""
-    boxed = jax.eval_shape(lambda: _initial(config, model))
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        nn.unbox(boxed),
-        sharding.of_tree(boxed, mesh),
-    )
+    shardings = sharding.of_tree(jax.eval_shape(lambda: _initial(config, model)), mesh)
+    shapes = jax.eval_shape(lambda: nn.unbox(_initial(config, model)))  # within: under a mesh, only traced values are unboxed
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
 
 
 def create(config: TrainConfig, mesh: Mesh, model: SlimMoE | None = None) -> TrainState:

@@ -12,13 +12,16 @@ recomputed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from slimmoe_jax import losses, optim, routing, spikes
+from slimmoe_jax import losses, optim, routing, sharding, spikes
+from slimmoe_jax import state as state_lib
 from slimmoe_jax.config import TrainConfig
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.routing import RouterState, RoutingStats
@@ -27,6 +30,8 @@ from slimmoe_jax.state import TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Sums = tuple[jax.Array, RoutingStats | None]  # cross-entropy, routing statistics
+
+WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}  # bits
 
 
 def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
@@ -120,7 +125,7 @@ def make_train_step(
 
         router = state.router if stats is None else routing.update(state.router, stats, router_config)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new = (optax.apply_updates(state.params, updates), opt_state, router)
         # Selection, not multiplication by 0: 0 x NaN is NaN.
@@ -142,6 +147,38 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def jit_train_step(
+    config: TrainConfig, mesh: Mesh, end_token: int, model: SlimMoE | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The training step of the config, or of `model` in place of the config's, to be compiled as training compiles it.
+
+    The state is donated and stays where it lies on the mesh; each process has the metrics.
+    """
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state_lib.abstract(config, mesh, model))
+    return jax.jit(
+        make_train_step(config, model or state_lib.build_model(config), optim.make(config), end_token),
+        donate_argnums=0,
+        out_shardings=(layout, sharding.replicated(mesh)),
+        compiler_options=compiler_options(),
+    )
+
+
+def compiler_options() -> dict[str, int]:
+    """What XLA is told, against its own choice, when it compiles a training step for this process's devices.
+
+    Where a processor has vectors of 512 bits, XLA prefers 256, since older processors slow down at 512. Whether XLA still knows
+    the option is tried first, so that a later XLA without it trains as well.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if jax.default_backend() != "cpu" or not cpuinfo.exists() or " avx512f " not in cpuinfo.read_text():
+        return {}
+    try:
+        jax.jit(lambda x: x, compiler_options=WIDE_VECTORS).lower(0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return WIDE_VECTORS
 
 
 def make_eval_step(

@@ -38,7 +38,6 @@ from slimmoe_jax import (
     host,
     metrics,
     ngrams,
-    optim,
     sharding,
     state,
     step,
@@ -128,9 +127,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
     # --- steps ---
     model = state.build_model(config)
-    layout = (jax.tree.map(lambda leaf: leaf.sharding, train_state), sharding.replicated(mesh))  # metrics are read by each process
-    train_step = step.make_train_step(config, model, optim.make(config), records.end_token)
-    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=layout)
+    train_step = step.jit_train_step(config, mesh, records.end_token)
     eval_step = jax.jit(step.make_eval_step(config, model, records.end_token), out_shardings=sharding.replicated(mesh))
     tracker = trackers.Recorder(config, workdir, start) if distributed.is_first() else None
     log = Log(config, tracker, start, records.manifest["context"])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from slimmoe_jax import distributed, metrics, optim, sharding, state, step
+from slimmoe_jax import distributed, metrics, sharding, state, step
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -220,11 +220,9 @@ def bytes_of_state(mesh_config):
     config = TrainConfig(model=MODEL, mesh=mesh_config, optim=OptimConfig(clip_norm=1.0))
     mesh = sharding.make_mesh(mesh_config)
     like = state.abstract(config, mesh)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
     batch = {"tokens": jax.ShapeDtypeStruct((8, 33), np.int32, sharding=sharding.batch_sharding(mesh))}
     with sharding.use(mesh):
-        run = step.make_train_step(config, state.build_model(config), optim.make(config), end_token=0)
-        compiled = jax.jit(run, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh))).lower(like, batch).compile()
+        compiled = step.jit_train_step(config, mesh, end_token=0).lower(like, batch).compile()
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     return compiled.memory_analysis().argument_size_in_bytes, whole
 
