@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from slimmoe_jax import config as config_lib
 
@@ -51,8 +52,17 @@ def number(cell):
 
 def test_gpu_benchmarks_need_no_packages_that_gpu_images_lack():
     lacking = ("tyro", "grain", "datasets", "torch", "transformers")
-    program = f"import sys\nsys.modules.update(dict.fromkeys({lacking}))\nsys.path.insert(0, {str(BENCHMARKS)!r})\n"
-    subprocess.run([sys.executable, "-c", program + "import growth, decode, precision"], check=True, cwd=BENCHMARKS.parent)
+    program = f"""
+import sys
+class Lacking:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in {lacking}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Lacking())
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import growth, decode, precision
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=BENCHMARKS.parent)
 
 
 # --- growth ----------------------------------------------------------------------------------------------------------
@@ -234,21 +244,44 @@ def small_run(text, tmp_path, monkeypatch):
 
 def test_precision_prints_and_writes_the_curves(load, small_run, capsys, monkeypatch, tmp_path):
     precision = load("precision")
-    argv = ["--config", str(small_run), "--steps", "4", "--windows", "2", "--out", str(tmp_path / "curves.csv")]
+    argv = [
+        "--config",
+        str(small_run),
+        "--steps",
+        "4",
+        "--windows",
+        "2",
+        "--out",
+        str(tmp_path / "curves.csv"),
+        "--seeds",
+        "3",
+        "5",
+        "8",
+    ]
     precision.main(argv)
     head, rows = table(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["1 to 2", "3 to 4"]
-    curves = np.array(list(csv.reader((tmp_path / "curves.csv").open()))[1:], float)
-    assert curves[:, 0].tolist() == [1, 2, 3, 4]
-    for first, row in zip((0, 2), rows, strict=True):
-        means = curves[first : first + 2, 1:].mean(axis=0)
-        expected = [*means, *(means[1:] - means[0])]
-        np.testing.assert_allclose([number(cell) for cell in row[1:]], expected, atol=1e-4)
-    bfloat16, weights, text = (abs(curves[:, n] - curves[:, 1]).max() for n in (2, 3, 4))
-    assert 0 < bfloat16 < weights != text  # the same batches and weights; others are others
-    monkeypatch.setattr(precision, "train", lambda config, opened, order: (np.full(4, np.nan), 1.0))
-    with pytest.raises(SystemExit, match="not finite"):
-        precision.main(argv)
+    lines = np.array(list(csv.reader((tmp_path / "curves.csv").open()))[1:], float)
+    assert lines[:, :2].tolist() == [[seed, n] for seed in (3, 5, 8) for n in (1, 2, 3, 4)]
+    curves = lines[:, 2:].reshape(3, 2, 2, 3).mean(axis=2)  # seeds, windows, runs
+    for window, row in enumerate(rows):
+        assert number(row[1]) == pytest.approx(curves[:, window, 0].mean(), abs=1e-4)
+        for cell, run in zip(row[2:], (1, 2), strict=True):
+            gaps = curves[:, window, run] - curves[:, window, 0]
+            low, high = scipy.stats.t.interval(0.95, 2, gaps.mean(), gaps.std(ddof=1) / 3**0.5)
+            assert [number(part) for part in cell.split(" ± ")] == pytest.approx([gaps.mean(), (high - low) / 2], abs=1e-4)
+    first = lines[lines[:, 1] == 1][:, 2:]
+    assert (first[:, 1] != first[:, 0]).all() and (first[:, 2] != first[:, 0]).all()
+    assert (
+        np.abs(first - first[:, :1]).max() < 0.01 < np.ptp(first[:, 0])
+    )  # the same weights and batches in a row, others in the next
+
+
+def test_precision_stops_where_a_loss_is_no_number(load, small_run, capsys, monkeypatch):
+    precision = load("precision")
+    monkeypatch.setattr(precision.Training, "losses", lambda *_, **__: (np.full(4, np.nan), 1.0))
+    with pytest.raises(SystemExit, match="float32, seed 7: the loss of step 1 is not finite"):
+        precision.main(["--config", str(small_run), "--steps", "4", "--windows", "2", "--seeds", "7"])
     assert "|---" not in capsys.readouterr().out
 
 
