@@ -26,6 +26,9 @@ import jax.numpy as jnp
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.grouped import grouped_dot
 
+BY_SEQUENCE = ("batch", None, None, None)  # of [B, E, C, D]
+BY_EXPERT = ("expert", "group", None, None)  # of [E, B, C, D]
+
 Dispatch = Literal["dense", "capacity", "ragged", "grouped"]
 Elementwise = Callable[[jax.Array], jax.Array]
 
@@ -120,9 +123,10 @@ def _capacity(
 
     def up(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
-        rows = nn.with_logical_constraint(rows.swapaxes(0, 1), ("expert", "group", None, None))
+        rows = _exchange(rows, BY_SEQUENCE, BY_EXPERT)
         # One axis of rows: on a CPU, a gradient that contracts two costs a transposed copy of the hidden layer.
-        return jnp.einsum("ERD,EDF->ERF", rows.reshape(experts, batch * slots, width), weight)
+        hidden = jnp.einsum("ERD,EDF->ERF", rows.reshape(experts, batch * slots, width), weight)
+        return nn.with_logical_constraint(hidden, ("expert", "group", None))
 
     def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
         out = jnp.einsum("ERF,EFD->ERD", dropout(_activate(hidden, gate)), weights.down)
@@ -130,9 +134,19 @@ def _capacity(
 
     hidden = _lean(up)(x, weights.up)
     out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
-    out = jax.vmap(_rows_of_pairs)(out.swapaxes(0, 1).reshape(batch, experts * slots, width), plan)
+    out = _exchange(out, BY_EXPERT, BY_SEQUENCE).reshape(batch, experts * slots, width)
+    out = jax.vmap(_rows_of_pairs)(out, plan)
     full = plan.slot_of_pair == experts * slots
     return _combine(out, _gate_of_choice(gates, choices)), jnp.any(choices & full[:, :, None, :], axis=-1)
+
+
+def _exchange(rows: jax.Array, now: tuple[str | None, ...], then: tuple[str | None, ...]) -> jax.Array:
+    """Swaps the first two axes, sequences and experts, and says where rows lie before and after.
+
+    Over an expert axis of the mesh that is an exchange of rows, forward and backward. Untold, the partitioner replicates them.
+    """
+    rows = nn.with_logical_constraint(rows, now)
+    return nn.with_logical_constraint(rows.swapaxes(0, 1), then)
 
 
 def _ragged(

@@ -96,8 +96,7 @@ def route(
 def _choose(order_by: jax.Array, scores: jax.Array, config: RouterConfig, threshold: jax.Array) -> jax.Array:
     """The mask [..., E] of chosen experts. For top_p: the fewest experts, best first, whose scores sum to p."""
     experts = order_by.shape[-1]
-    _, ranked = jax.lax.top_k(order_by, min(config.max_experts, experts))  # [..., K]
-    one_hot = jax.nn.one_hot(ranked, experts, dtype=jnp.bool_)  # [..., K, E]
+    one_hot = jax.nn.one_hot(_rank(order_by), min(config.max_experts, experts), axis=-2, dtype=bool)  # [..., K, E]
     best = jnp.sum(jnp.where(one_hot, scores[..., None, :], 0.0), axis=-1)  # [..., K]
     if config.kind == "top_k":
         keep = jnp.ones(best.shape, bool)
@@ -107,6 +106,14 @@ def _choose(order_by: jax.Array, scores: jax.Array, config: RouterConfig, thresh
     else:
         keep = best > 0
     return jnp.any(one_hot & keep[..., None], axis=-2)
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    """[..., E] -> [..., E] int32, how many are higher, or as high and before. E is small, and no partitioner splits a top-k."""
+    shape = (*x.shape, x.shape[-1])
+    this, other = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (x.ndim - 1, x.ndim))
+    ahead = (x[..., None, :] > x[..., :, None]) | ((x[..., None, :] == x[..., :, None]) & (other < this))
+    return ahead.sum(axis=-1, dtype=jnp.int32)
 
 
 def _stats(logits: jax.Array, scores: jax.Array, mask: jax.Array, config: RouterConfig, valid: jax.Array | None) -> RoutingStats:

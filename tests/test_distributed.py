@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -215,16 +216,28 @@ MODEL = ModelConfig(
 )
 
 
-def bytes_of_state(mesh_config):
-    """What the compiled step takes on each device, by the compiler's own account, and what the state has in all."""
+def compiled_step(mesh_config):
+    """The compiled step, and the state's shapes."""
     config = TrainConfig(model=MODEL, mesh=mesh_config, optim=OptimConfig(clip_norm=1.0))
     mesh = sharding.make_mesh(mesh_config)
     like = state.abstract(config, mesh)
     batch = {"tokens": jax.ShapeDtypeStruct((8, 33), np.int32, sharding=sharding.batch_sharding(mesh))}
     with sharding.use(mesh):
-        compiled = step.jit_train_step(config, mesh, end_token=0).lower(like, batch).compile()
+        return step.jit_train_step(config, mesh, end_token=0).lower(like, batch).compile(), like
+
+
+def bytes_of_state(mesh_config):
+    """What the compiled step takes on each device, by the compiler's own account, and what the state has in all."""
+    compiled, like = compiled_step(mesh_config)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     return compiled.memory_analysis().argument_size_in_bytes, whole
+
+
+def test_an_expert_axis_exchanges_rows_and_replicates_none():
+    program = compiled_step(MeshConfig(data=2, expert=4))[0].as_text()
+    moved = {kind: re.findall(rf"= \(?(\w+)\[[\d,]+\]\S*.* {kind}\(", program) for kind in ("all-gather", "all-to-all")}
+    assert len(moved["all-to-all"]) >= 4 * MODEL.layers and set(moved["all-to-all"]) == {"f32"}  # in and out, forward and backward
+    assert set(moved["all-gather"]) <= {"s32", "pred"}, "no row, no weight and no gradient is gathered"
 
 
 def test_shards_divide_what_a_device_holds():
