@@ -9,6 +9,7 @@ those of its results on one device.
 
 import argparse
 import collections
+import math
 import os
 import re
 import time
@@ -68,8 +69,18 @@ def group_size(line: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return listed[1].count(",") + 1
+    named = re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", line
+    )  # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    return int(counted[2]) if counted else args.devices
+    if counted:
+        return int(counted[2])
+    if "replica_groups=" in line and "replica_groups={}" not in line:
+        raise ValueError(f"groups of an unknown form: {line}")
+    return args.devices
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -63,6 +64,29 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import growth, decode, precision
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=BENCHMARKS.parent)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,4},{1,5}}, ", 2),
+        ("replica_groups=[2,4]<=[8], ", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_2'}, ", 4),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([8,8]T(1,0)) {'axis_0','axis_2'}, ", 16),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, ", 2),
+        ("replica_groups={}, ", 32),
+        ("source_target_pairs={{0,1}}, ", 32),
+    ],
+)
+def test_groups_of_collectives_are_counted(load, monkeypatch, groups, size):
+    monkeypatch.setattr(sys, "argv", ["collectives", "--devices", "32"])
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # which the program sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    collectives = load("collectives")
+    line = f"  %x = (f32[4,8]{{1,0}}, bf16[8]{{0}}) all-gather(%y), {groups}metadata={{}}"
+    assert collectives.collectives(line) == {("all-gather", size): [144]}
+    with pytest.raises(ValueError, match="unknown form"):
+        collectives.group_size("replica_groups=other")
 
 
 # --- growth ----------------------------------------------------------------------------------------------------------
