@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import re
+import traceback
 import typing
 from pathlib import Path
 from types import ModuleType
@@ -246,7 +247,9 @@ def run_file(path: str | Path, cls: type[C], otherwise: str = "") -> tuple[C, Mo
     """
     path = find(path)
     if not path.is_file():
-        raise InputError(f"no config at {path}: give a Python file with get_config(){otherwise}")
+        shipped = f"configs/{path.stem}.py" if len(path.parts) == 1 and (SHIPPED / f"{path.stem}.py").is_file() else ""
+        hint = f"did you mean {shipped}?" if shipped else f"give a Python file with get_config(){otherwise}"
+        raise InputError(f"no config at {path}: {hint}")
     if path.suffix != ".py":
         raise InputError(f"{path} is not a config: give a Python file with get_config(){otherwise}")
     spec = importlib.util.spec_from_file_location(f"slimmoe_config_{path.stem}", path)
@@ -258,10 +261,21 @@ def run_file(path: str | Path, cls: type[C], otherwise: str = "") -> tuple[C, Mo
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from error
+        lines = [error.lineno] if isinstance(error, SyntaxError) else []
+        lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f" in line {lines[-1]}" if lines else ""
+        raise InputError(f"{path}: get_config() failed{place}: {type(error).__name__}: {error}{_near_field(error)}") from error
     if not isinstance(config, cls):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}: it must return a {cls.__name__}")
     return config, module
+
+
+def _near_field(error: Exception) -> str:
+    """For a config made with a field that it lacks, the field that may be meant."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    cls = globals().get(found[1]) if found else None
+    near = difflib.get_close_matches(found[2], [field.name for field in dataclasses.fields(cls)], n=1) if found and cls else []
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def _read_json(path: Path) -> Any:

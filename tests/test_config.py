@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,27 @@ def test_flag_mistakes_are_one_line(argv, message):
     with pytest.raises(InputError) as error:
         parse(*argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("TrainConfig(\n    model=ModelConfig(widht=8))", "failed in line 4: .*'widht': did you mean width[?]"),
+        ("TrainConfig(zzz=1)", "failed in line 3: .*'zzz'$"),
+        ("(", "failed in line 3: SyntaxError: "),
+    ],
+)
+def test_a_config_that_fails_names_its_line(tmp_path, returned, message):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from slimmoe_jax.config import *\ndef get_config():\n    return {returned}\n")
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: get_config[(][)] {message}") as error:
+        config_lib.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_bare_name_of_a_config_is_understood_in_the_error():
+    with pytest.raises(InputError, match="^no config at quickstart: did you mean configs/quickstart.py[?]$"):
+        config_lib.load("quickstart")
 
 
 def test_records_have_a_folder_of_their_own_for_each_setting_that_shapes_them():
