@@ -139,7 +139,10 @@ def to_folder(args: ConvertArgs) -> None:
         tensors = names.to_mixtral(model, tensors)
 
     with whole(out) as folder:
-        say(f"{run.directory}, step {run.step}: {sum(t.size for t in tensors.values()):,} values to {args.dtype}")
+        weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+        rest = sum(tensor.size for tensor in tensors.values()) - weights
+        also = f" and {rest} values of router state" if rest else ""
+        say(f"{run.directory}, step {run.step}: {weights:,} parameters{also} to {args.dtype}")
         write_tensors(tensors, args, folder)
         write_configs(config, run, tokenizer, router, args, folder)
         tokenizer_files.write(tokenizer, config.data.context, folder)
