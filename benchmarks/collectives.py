@@ -69,9 +69,8 @@ def group_size(line: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return listed[1].count(",") + 1
-    named = re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", line
-    )  # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}
+    # mesh['axis_0'=2,'axis_1'=4] {'axis_1'}
+    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", line)
     if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))

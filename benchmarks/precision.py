@@ -4,9 +4,9 @@
 
 Three runs a seed, from the same weights over the same batches: float32; bfloat16; and float32 once more, from those weights rounded
 to bfloat16 once, before the first step. Training amplifies any change of its start, so the third run says what a difference of
-bfloat16's size means. A row is the mean training loss over a window of steps,
-differences with their 95% interval over the seeds. Steps a second count from the third step on; what a CPU makes of bfloat16 says
-nothing about a GPU. `--out FILE` keeps the curves as CSV.
+bfloat16's size means. A row is the mean training loss over a window of steps, differences with their 95% interval over the seeds.
+Steps a second count from the third step on; what a CPU makes of bfloat16 says nothing about a GPU. `--out FILE` keeps the curves
+as CSV.
 
 The config is the quickstart's, on a GPU configs/pretrain.py with batches of 8 and --steps as the length of its schedule; the text
 is the standard library's unless a source is given. Records are prepared where there are none; they are read here in an order of

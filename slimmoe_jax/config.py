@@ -16,6 +16,7 @@ import math
 import re
 import traceback
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -274,8 +275,13 @@ def _near_field(error: Exception) -> str:
     """For a config made with a field that it lacks, the field that may be meant."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     cls = globals().get(found[1]) if found else None
-    near = difflib.get_close_matches(found[2], [field.name for field in dataclasses.fields(cls)], n=1) if found and cls else []
-    return f": did you mean {near[0]}?" if near else ""
+    return _meant(found[2], typing.get_type_hints(cls)) if found and cls else ""
+
+
+def _meant(name: str, fields: Iterable[str], prefix: str = "") -> str:
+    """The end of an error's line about an unknown field."""
+    near = difflib.get_close_matches(name, fields, n=1)
+    return f": did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _read_json(path: Path) -> Any:
@@ -317,8 +323,7 @@ def _from_tree(tree: Any, cls: type, prefix: str) -> Any:
 def _field_type(cls: type, name: str, prefix: str) -> Any:
     types = typing.get_type_hints(cls)
     if name not in types:
-        near = difflib.get_close_matches(name, types, n=1)
-        raise InputError(f"unknown field {prefix}{name}" + (f": did you mean {prefix}{near[0]}?" if near else ""))
+        raise InputError(f"unknown field {prefix}{name}{_meant(name, types, prefix)}")
     return types[name]
 
 

@@ -49,9 +49,15 @@ def _initial(config: TrainConfig, model: SlimMoE | None) -> TrainState:
 
 def abstract(config: TrainConfig, mesh: Mesh, model: SlimMoE | None = None) -> TrainState:
     """The state's shapes, types and shardings, without its values."""
-    shardings = sharding.of_tree(jax.eval_shape(lambda: _initial(config, model)), mesh)
-    shapes = jax.eval_shape(lambda: nn.unbox(_initial(config, model)))  # within: under a mesh, only traced values are unboxed
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+
+    def both() -> tuple[TrainState, TrainState]:
+        boxed = _initial(config, model)
+        return boxed, nn.unbox(boxed)  # here, since under a mesh only traced values can be unboxed
+
+    boxed, shapes = jax.eval_shape(both)
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, sharding.of_tree(boxed, mesh)
+    )
 
 
 def create(config: TrainConfig, mesh: Mesh, model: SlimMoE | None = None) -> TrainState:

@@ -268,21 +268,8 @@ def small_run(text, tmp_path, monkeypatch):
 
 def test_precision_prints_and_writes_the_curves(load, small_run, capsys, monkeypatch, tmp_path):
     precision = load("precision")
-    argv = [
-        "--config",
-        str(small_run),
-        "--steps",
-        "4",
-        "--windows",
-        "2",
-        "--out",
-        str(tmp_path / "curves.csv"),
-        "--seeds",
-        "3",
-        "5",
-        "8",
-    ]
-    precision.main(argv)
+    sizes = ["--steps", "4", "--windows", "2", "--seeds", "3", "5", "8"]
+    precision.main(["--config", str(small_run), "--out", str(tmp_path / "curves.csv"), *sizes])
     head, rows = table(capsys.readouterr().out)
     assert [row[0] for row in rows] == ["1 to 2", "3 to 4"]
     lines = np.array(list(csv.reader((tmp_path / "curves.csv").open()))[1:], float)
@@ -296,9 +283,8 @@ def test_precision_prints_and_writes_the_curves(load, small_run, capsys, monkeyp
             assert [number(part) for part in cell.split(" ± ")] == pytest.approx([gaps.mean(), (high - low) / 2], abs=1e-4)
     first = lines[lines[:, 1] == 1][:, 2:]
     assert (first[:, 1] != first[:, 0]).all() and (first[:, 2] != first[:, 0]).all()
-    assert (
-        np.abs(first - first[:, :1]).max() < 0.01 < np.ptp(first[:, 0])
-    )  # the same weights and batches in a row, others in the next
+    # The same weights and batches in a row, others in the next.
+    assert np.abs(first - first[:, :1]).max() < 0.01 < np.ptp(first[:, 0])
 
 
 def test_precision_stops_where_a_loss_is_no_number(load, small_run, capsys, monkeypatch):
