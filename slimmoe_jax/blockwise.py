@@ -45,14 +45,14 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
         out = jnp.einsum("BKGQT,BKTH->BKGQH", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q.dtype))
         log_sums.append(highest + jnp.log(total))
-    out, log_sum = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
-    return _ungroup(out), (q, k, v, mask, out, log_sum)
+    out = _ungroup(jnp.concatenate(outs, axis=3))
+    return out, (q, k, v, mask, out, jnp.concatenate(log_sums, axis=3))
 
 
 def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, mask, out, log_sum = residuals
-    grad = _group(grad, k.shape[1])
     along = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # sum_t P_t dP_t of each query
+    grad, along = _group(grad, k.shape[1]), _group(along, k.shape[1])
     d_query: list[jax.Array] = []
     d_key = d_value = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)  # [B, K, H, S], see `_over_queries`
     for first, end in blocks(q.shape[3]):

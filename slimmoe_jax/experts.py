@@ -183,7 +183,21 @@ def _lean(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _activate(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-    return jax.nn.silu(hidden) if gate is None else jax.nn.silu(gate) * hidden
+    return _silu(hidden) if gate is None else _silu(gate) * hidden
+
+
+@jax.custom_vjp
+def _silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x), with a gradient that forms the sigmoid anew: shared, it would be one more array of the hidden layer's size."""
+    return jax.nn.silu(x)
+
+
+def _silu_bwd(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    sigmoid = jax.nn.sigmoid(jax.lax.optimization_barrier(x))  # without the barrier XLA shares it after all
+    return (grad * sigmoid * (1 + x * (1 - sigmoid)),)
+
+
+_silu.defvjp(lambda x: (_silu(x), x), _silu_bwd)
 
 
 def _combine(outputs: jax.Array, gate_of_choice: jax.Array) -> jax.Array:
