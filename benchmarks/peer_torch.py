@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from slimmoe_jax.config import TrainConfig
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"quickstart": "quickstart.py", "250m": "pretrain.py"}
 FORMS = ("slimmoe", "mixtral")
+SIDES = ("slimmoe_jax", "torch", "mixtral")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss, relative
 SPEC = "PEER_TORCH_SPEC"  # tells a process which side it is
 BATCHES = 64  # different ones, gone through again and again
@@ -45,7 +46,7 @@ BATCHES = 64  # different ones, gone through again and again
 class Side:
     """One way to train the model."""
 
-    name: str  # slimmoe_jax, torch or mixtral
+    name: str  # of SIDES
     compiled: bool = True
     experts: str = ""  # how they are computed; empty: the side's own choice
     batch: int = 8  # sequences a step
@@ -261,11 +262,14 @@ class Result:
     peak: int  # bytes
 
 
-def candidates(form: str, sizes: list[int], gpu: bool) -> list[list[Side]]:
+def candidates(form: str, sizes: list[int], gpu: bool, sides: Sequence[str] = SIDES) -> list[list[Side]]:
     """Sides to try. Of each list the fastest is compared."""
-    plain = ("grouped", "dense") if gpu else ("dense", "loop", "grouped")
-    theirs = {"torch": plain} | ({"mixtral": ("grouped_mm",) if gpu else ("grouped_mm", "eager")} if form == "mixtral" else {})
-    groups = [[Side("slimmoe_jax", True, experts, size, True) for experts in ("capacity", "dense") for size in sizes]]
+    ours = ("capacity", "grouped") if gpu else ("capacity", "dense")
+    theirs = {"torch": ("grouped", "dense") if gpu else ("dense", "loop", "grouped")}
+    if form == "mixtral":
+        theirs["mixtral"] = ("grouped_mm",) if gpu else ("grouped_mm", "eager")
+    theirs = {name: ways for name, ways in theirs.items() if name in sides}
+    groups = [[Side("slimmoe_jax", True, experts, size, True) for experts in ours for size in sizes]]
     for (name, ways), compiled, keeps in itertools.product(theirs.items(), (False, True), (False,) if gpu else (False, True)):
         groups.append([Side(name, compiled, way, size, keeps) for way in ways for size in sizes])
     return groups
@@ -329,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=CONFIGS, default="quickstart")
     parser.add_argument("--form", choices=FORMS, default="slimmoe")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="those to compare with ours (default: all)")
     parser.add_argument("--precision", choices=TOLERANCE, default="", help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--batches", type=int, nargs="+", default=[8], help="sequences a step to try (default: %(default)s)")
     parser.add_argument("--context", type=int, default=0, help="tokens a sequence; 0: the config's")
@@ -350,7 +355,7 @@ def main() -> None:
         print("One turn of each, to choose:\n")
         print(header(["side", "batch", "tokens/s"]), flush=True)
         chosen = []
-        for group in candidates(args.form, args.batches, gpu):
+        for group in candidates(args.form, args.batches, gpu, args.sides):
             tried = bench.turns(group, 1)
             for side, result in tried.items():
                 print(row([side.label, side.batch, f"{result.rates[0]:,.0f}"]), flush=True)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,53 @@ def test_the_comparison_takes_turns_and_prints_ratios_of_them(benchmark):
     lines = peer.table([ours, theirs]).splitlines()
     assert "2.00 (1.50 to 2.00)" in lines[-1] and "| 3.0 |" in lines[-1]
     assert "1.00 (1.00 to 1.00)" in lines[-2] and re.search(r"100 \(90 to 120\)", lines[-2])
+
+
+def test_a_series_of_benchmarks_keeps_to_its_time(benchmark, tmp_path, capfd):
+    """A part that fails does not stop the next; one that hangs is ended with what it started, and keeps the rows it had."""
+    series = benchmark("all_on_gpu")
+    hangs = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        " print('| row |', child.pid, flush=True); time.sleep(600)"
+    )
+    parts = [
+        series.Part("fails", 60, ("-c", "import sys; print('why', file=sys.stderr); sys.exit(3)")),
+        series.Part("hangs", 3, ("-c", hangs)),
+        series.Part("works", 60, ("-c", "print('a table')")),
+    ]
+    assert series.run(parts, 600, tmp_path) == 1
+    rows = [line.split(" | ") for line in (tmp_path / "summary.txt").read_text().splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("| fails", "failed, exit code 3 |"), ("| hangs", "stopped after 3 s |"), ("| works", "done |")
+    ]  # fmt: skip
+    printed = capfd.readouterr().out
+    assert all(words in printed for words in ("why", "| row |", "a table", "stopped after 3 s"))
+    child = int((tmp_path / "hangs.txt").read_text().split()[-1])
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert series.run(parts, series.LEAST_SECONDS - 1, tmp_path / "late") == 1  # no time for any
+    assert "not begun" in (tmp_path / "late" / "summary.txt").read_text()
+
+
+def test_the_series_names_commands_that_exist(benchmark):
+    """Each part's file is there, and a benchmark knows the options that the part gives it."""
+    for part in benchmark("all_on_gpu").PARTS:
+        if part.arguments[0] == "-m":
+            assert all((ROOT / file).exists() for file in part.arguments if file.startswith("tests/"))
+            continue
+        known = run(Path(part.arguments[0]).name, "--help").stdout
+        assert all(option in known for option in part.arguments if option.startswith("--")), part
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+def test_without_a_gpu_the_series_says_so():
+    done = run("all_on_gpu.py")
+    assert done.returncode == 1 and "no NVIDIA GPU here" in done.stderr
+
+
+def test_sides_left_out_are_not_tried(benchmark):
+    peer = benchmark("peer_torch")
+    groups = peer.candidates("mixtral", [16], True, ["slimmoe_jax", "mixtral"])
+    assert {side.name for group in groups for side in group} == {"slimmoe_jax", "mixtral"}
+    assert [side.experts for side in groups[0]] == ["capacity", "grouped"]
+    assert {side.name for group in peer.candidates("mixtral", [8], False) for side in group} == set(peer.SIDES)
