@@ -385,7 +385,7 @@ def run_spec() -> None:
         write_weights(config, Path(spec["weights"]))
     else:
         if spec["side"]["keeps_memory"]:
-            host.keep_freed_memory()
+            host.prepare() if spec["side"]["name"] == "slimmoe_jax" else host.keep_freed_memory()
         work(Side(**spec["side"]), config, Path(spec["weights"]), spec["steps"], spec["warmup"])
 
 

@@ -67,7 +67,7 @@ class Row:
     dense: bool = False  # the model with as many FLOPs and one expert
     records: str = ""
     xla_flags: str = ""
-    returns_memory: bool = False  # without `host.keep_freed_memory`
+    returns_memory: bool = False  # without `host.prepare`
 
     @property
     def config(self) -> TrainConfig:
@@ -313,7 +313,7 @@ def run_spec() -> None:
     spec = json.loads(os.environ[SPEC])
     which = Row(**spec.pop("row"))
     if not which.returns_memory:
-        host.keep_freed_memory()  # as training does
+        host.prepare()  # as training does
     print(json.dumps(measure(which, **spec)), flush=True)
 
 

@@ -246,7 +246,7 @@ def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str,
 
 
 def main(argv: Sequence[str]) -> None:
-    host.keep_freed_memory()
+    host.prepare()
     argv = distributed.start(argv)
     args = parse(argv)
     result = {"command": shlex.join(["python", "-m", "slimmoe_jax.evaluate", *argv])}

@@ -6,13 +6,28 @@ import ctypes
 import sys
 from pathlib import Path
 
+import jax
+
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "kfd")  # in /dev
 # Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+MADV_HUGEPAGE = 14
+HUGE_PAGE = 2 << 20
+HEAP = 1 << 30  # bytes of address space; below the most that M_TRIM_THRESHOLD can be told to keep, 2 GiB
+
+
+def prepare() -> None:
+    """What a program does that runs for long on a CPU, before JAX starts its devices; nothing beside an accelerator.
+
+    Memory is kept (`keep_freed_memory`), and programs run in the thread that calls them: only the main thread's heap holds
+    blocks of a program's size, and there they do not lie between the remains of compilation, which has threads of its own.
+    """
+    if keep_freed_memory():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def keep_freed_memory() -> bool:
-    """Lets the process keep memory that it frees, and says whether it does. To be called before JAX starts its threads.
+    """Lets the main thread's heap keep memory that is freed, in huge pages where the kernel allows; whether it could.
 
     On a CPU, XLA asks for a program's buffers anew at each call. glibc takes blocks of that size from the kernel each time and
     gives them back after, so that each step begins with page faults all over its buffers (docs/performance.md has what that costs).
@@ -20,9 +35,21 @@ def keep_freed_memory() -> bool:
     """
     if sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in ACCELERATORS):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return False
-    # One arena: those of threads are too small for such blocks, and fall back on mappings of their own.
-    settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
+    kept = all(libc.mallopt(name, value) == 1 for name, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}.items())
+    if kept:
+        _advise_huge_pages(libc)
+    return kept
+
+
+def _advise_huge_pages(libc: ctypes.CDLL) -> None:
+    """Takes address space for the heap, and asks for huge pages there. What is never touched is never resident."""
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    block = libc.malloc(HEAP)
+    if block:
+        first = -(-block // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(block + HEAP - first), MADV_HUGEPAGE)
+        libc.free(block)

@@ -62,7 +62,7 @@ MAY_CHANGE: tuple[str, ...] = (
 def main(argv: Sequence[str]) -> int:
     if not any(word in ("--help", "-h") or word.split("=")[0] == "--config" for word in argv):
         raise InputError("--config is missing: give a config, such as configs/quickstart.py, or a run's config.json")
-    host.keep_freed_memory()
+    host.prepare()
     argv = distributed.start(argv)
     dry_run = "--dry-run" in argv
     config = cli.train_config(

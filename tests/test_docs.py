@@ -115,7 +115,7 @@ def nothing_runs(monkeypatch, tmp_path):
     """Every command gets as far as its arguments are checked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config_lib, "inherit", lambda config: config)  # the run may not exist here
-    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(host, "prepare", lambda: None)
     monkeypatch.setattr(distributed, "start", lambda argv: distributed._take_flags(argv)[0])
     monkeypatch.setattr(sharding, "make_mesh", stop)
     monkeypatch.setattr(evaluate, "_read", lambda *args: None)

@@ -87,7 +87,7 @@ def run(folder: Path) -> int:
 def _run(folder: Path, spec: dict[str, Any]) -> int:
     config = config_lib.from_json(spec["config"], str(folder / "arm.json"))
     config = dataclasses.replace(config, workdir=str(folder))  # wherever the study has been moved to
-    host.keep_freed_memory()
+    host.prepare()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     code = train.train(config, mesh)
