@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slimmoe_jax.config import TrainConfig
+from slimmoe_jax.config import ModelConfig, TrainConfig
 
 
 def cores() -> int:
@@ -46,6 +46,20 @@ def one_device():
 
     axes = ("data", "fsdp", "expert")
     return jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def mixtral_config(model: ModelConfig, length: int, **options):
+    """The transformers.MixtralConfig of a model of ours that is configured as Mixtral is, for sequences up to `length`."""
+    import transformers
+
+    return transformers.MixtralConfig(
+        vocab_size=model.vocab_size, hidden_size=model.width, intermediate_size=model.expert_hidden,
+        num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.kv_heads[0],
+        head_dim=model.head_dim, rms_norm_eps=model.norm_epsilon, max_position_embeddings=length,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta}, tie_word_embeddings=False,
+        num_local_experts=model.experts, num_experts_per_tok=model.router.max_experts, attn_implementation="sdpa",
+        pad_token_id=None, bos_token_id=None, eos_token_id=None, **options,
+    )  # fmt: skip
 
 
 def row(cells: Iterable[object]) -> str:

@@ -35,7 +35,7 @@ import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from common import cores, header, machine, row, spread  # noqa: E402
+from common import cores, header, machine, mixtral_config, row, spread  # noqa: E402
 
 from slimmoe_jax import decoding, metrics, model  # noqa: E402
 from slimmoe_jax.config import ModelConfig, RouterConfig  # noqa: E402
@@ -79,15 +79,7 @@ def mixtral(config: ModelConfig, params: dict) -> "transformers.MixtralForCausal
     import torch
     import transformers
 
-    hf_config = transformers.MixtralConfig(
-        vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.expert_hidden,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads[0],
-        head_dim=config.head_dim, rms_norm_eps=config.norm_epsilon, max_position_embeddings=2_048,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, tie_word_embeddings=False,
-        num_local_experts=config.experts, num_experts_per_tok=config.router.max_experts, attn_implementation="sdpa",
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    network = transformers.MixtralForCausalLM(hf_config)
+    network = transformers.MixtralForCausalLM(mixtral_config(config, length=2_048))
     router = {"threshold": np.float32(0), "bias": np.zeros((config.layers, config.experts), np.float32)}
     tensors = names.to_theirs(config, params, router)  # Mixtral's names, but for the selection bias
     tensors = {name: torch.tensor(w) for name, w in tensors.items() if not name.endswith("e_score_correction_bias")}

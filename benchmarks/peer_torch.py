@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import header, machine, on_gpu, row, spread, zipf_tokens
+from common import header, machine, mixtral_config, on_gpu, row, spread, zipf_tokens
 
 from slimmoe_jax import config as config_lib
 from slimmoe_jax import host
@@ -149,15 +149,9 @@ def _mixtral(side: Side, config: TrainConfig):
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     model = config.model
-    hf_config = transformers.MixtralConfig(
-        vocab_size=model.vocab_size, hidden_size=model.width, intermediate_size=model.expert_hidden,
-        num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.kv_heads[0],
-        head_dim=model.head_dim, rms_norm_eps=model.norm_epsilon, max_position_embeddings=config.data.context,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta}, tie_word_embeddings=False,
-        num_local_experts=model.experts, num_experts_per_tok=model.router.max_experts, attn_implementation="sdpa",
-        experts_implementation=side.experts, output_router_logits=True, use_cache=False,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    hf_config = mixtral_config(
+        model, config.data.context, experts_implementation=side.experts, output_router_logits=True, use_cache=False
+    )
 
     class Mixtral(nn.Module):
         def __init__(self):
