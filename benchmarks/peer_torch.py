@@ -50,7 +50,7 @@ class Side:
     compiled: bool = True
     experts: str = ""  # how they are computed; empty: the side's own choice
     batch: int = 8  # sequences a step
-    keeps_memory: bool = False  # on a CPU, `host.keep_freed_memory`, which our training command calls itself
+    keeps_memory: bool = False  # on a CPU: ours as our training command does, PyTorch on one heap, its best
 
     @property
     def label(self) -> str:
@@ -379,7 +379,7 @@ def run_spec() -> None:
         write_weights(config, Path(spec["weights"]))
     else:
         if spec["side"]["keeps_memory"]:
-            host.prepare() if spec["side"]["name"] == "slimmoe_jax" else host.keep_freed_memory()
+            host.prepare() if spec["side"]["name"] == "slimmoe_jax" else host.keep_freed_memory(one_heap=True)
         work(Side(**spec["side"]), config, Path(spec["weights"]), spec["steps"], spec["warmup"])
 
 

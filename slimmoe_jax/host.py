@@ -6,11 +6,9 @@ import ctypes
 import sys
 from pathlib import Path
 
-import jax
-
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "kfd")  # in /dev
 # Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 MADV_HUGEPAGE = 14
 HUGE_PAGE = 2 << 20
 HEAP = 1 << 30  # bytes of address space; below the most that M_TRIM_THRESHOLD can be told to keep, 2 GiB
@@ -23,11 +21,15 @@ def prepare() -> None:
     blocks of a program's size, and there they do not lie between the remains of compilation, which has threads of its own.
     """
     if keep_freed_memory():
+        import jax  # not at the top: a peer's process measures without it
+
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(one_heap: bool = False) -> bool:
     """Lets the main thread's heap keep memory that is freed, in huge pages where the kernel allows; whether it could.
+
+    With `one_heap` all threads share it, in small pages: for programs whose other threads take large blocks too.
 
     On a CPU, XLA asks for a program's buffers anew at each call. glibc takes blocks of that size from the kernel each time and
     gives them back after, so that each step begins with page faults all over its buffers (docs/performance.md has what that costs).
@@ -38,8 +40,9 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    kept = all(libc.mallopt(name, value) == 1 for name, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}.items())
-    if kept:
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1} | ({M_ARENA_MAX: 1} if one_heap else {})
+    kept = all(libc.mallopt(name, value) == 1 for name, value in settings.items())
+    if kept and not one_heap:
         _advise_huge_pages(libc)
     return kept
 
