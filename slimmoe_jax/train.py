@@ -134,7 +134,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     evaluator = functools.partial(_evaluate, config, records, eval_step, model, mesh, log)
 
     # --- loop ---
-    # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host.
+    # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host. Where a step is
+    # done as its call returns, as on a CPU, they are read at once: a step's time is then its own.
     signals, pending, validation_loss = distributed.StopSignals(), None, None
     with sharding.use(mesh), log, signals:
         distributed.say(f"compiling the training step: {summary.choices(config)}")
@@ -158,7 +159,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
             if last and signals.received is not None:
                 distributed.say(f"{signals.received.name}: saving step {number}")
-            if evaluated or last or number % config.checkpoint.every == 0:
+            if evaluated or last or number % config.checkpoint.every == 0 or step_metrics["loss"].is_ready():
                 log.step(*pending, hold=evaluated)
                 pending = None
             if evaluated:
