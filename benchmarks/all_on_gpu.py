@@ -23,6 +23,8 @@ from common import header, on_gpu, row
 ROOT = Path(__file__).parent.parent
 LEAST_SECONDS = 20  # too little to start anything
 KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("attention", "grouped", "experts")]
+# The tests' tolerances are float32's, and their own default is a CPU.
+PRECISE = {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Part:
     name: str
     seconds: int  # its share: more than it should take
     arguments: tuple[str, ...]  # of Python
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # beside this process's
 
     @classmethod
     def benchmark(cls, name: str, seconds: int, command: str) -> "Part":
@@ -39,7 +42,7 @@ class Part:
 
 # First whether the kernels are right, then the aims: our step, Hugging Face's, dropout and a dense model beside it; then the rest.
 PARTS = (
-    Part("kernels", 150, ("-m", "pytest", "-n0", *KERNEL_TESTS)),
+    Part("kernels", 150, ("-m", "pytest", "-n0", *KERNEL_TESTS), PRECISE),
     Part.benchmark("step", 300, "train_step.py --dispatch capacity grouped"),
     Part.benchmark("peer", 600, "peer_torch.py --size 250m --form mixtral --batches 16 --sides slimmoe_jax mixtral --rounds 3"),
     Part.benchmark("dropout_dense", 400, "train_step.py --dropout 0.1 --dense"),
@@ -74,8 +77,8 @@ def run(parts: list[Part], seconds: float, out: Path) -> int:
     ends = time.monotonic() + seconds
     lines, outcomes = [header(["part", "seconds", "outcome"])], []
     for part in parts:
-        left = ends - time.monotonic()
         started = time.monotonic()
+        left = ends - started
         outcomes.append(_one(part, min(left, part.seconds), out / f"{part.name}.txt") if left >= LEAST_SECONDS else "not begun")
         lines.append(row([part.name, f"{time.monotonic() - started:.0f}", outcomes[-1]]))
         (out / "summary.txt").write_text("\n".join(lines) + "\n")
@@ -88,7 +91,7 @@ def _one(part: Part, seconds: float, path: Path) -> str:
     print(f"== {part.name}: python {' '.join(part.arguments)}", flush=True)
     with path.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *part.arguments], cwd=ROOT, env=_environment(part), stdout=file, stderr=subprocess.STDOUT,
+            [sys.executable, *part.arguments], cwd=ROOT, env=os.environ | part.environment, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -100,14 +103,6 @@ def _one(part: Part, seconds: float, path: Path) -> str:
             _end(process)
     print(path.read_text(errors="replace"), flush=True)
     return outcome
-
-
-def _environment(part: Part) -> dict[str, str]:
-    if part.name != "kernels":
-        return dict(os.environ)
-    # The tests' tolerances are float32's, and their own default is a CPU.
-    precise = {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    return os.environ | precise
 
 
 def _end(process: subprocess.Popen) -> None:
