@@ -159,7 +159,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
             if last and signals.received is not None:
                 distributed.say(f"{signals.received.name}: saving step {number}")
-            if evaluated or last or number % config.checkpoint.every == 0 or step_metrics["loss"].is_ready():
+            ready = all(value.is_ready() for value in jax.tree.leaves(step_metrics))
+            if evaluated or last or number % config.checkpoint.every == 0 or ready:
                 log.step(*pending, hold=evaluated)
                 pending = None
             if evaluated:
