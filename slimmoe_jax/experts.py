@@ -1,7 +1,7 @@
 """Expert dispatch: four ways to send tokens through the experts that they chose, behind one function.
 
 Axes: B batch, S sequence, D model, E experts, F expert hidden, K most experts a token, C slots an expert and sequence,
-P = S K (token, choice) pairs, M rows of the expert buffer, R = B C rows of an expert.
+P = S K (token, choice) pairs, M rows of the expert buffer, R rows that an expert computes: B C, or B S in `dense`.
 
 - `dense`: every expert computes every token; unchosen results have gate 0. The oracle, and exact at any batch size.
 - `capacity`: each expert takes at most C tokens of a sequence, earlier tokens first, so that shapes are static and no token
@@ -103,14 +103,19 @@ def apply_experts(
 
 
 def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Elementwise) -> jax.Array:
-    def down(hidden: jax.Array, gate: jax.Array | None, gates: jax.Array) -> jax.Array:
-        # Weighting the hidden layer instead of the output spares an array [B, S, E, D].
-        weighted = dropout(_activate(hidden, gate)) * gates[..., None].astype(x.dtype)
-        return jnp.einsum("BSEF,EFD->BSD", weighted, weights.down)
+    # Experts are a batch axis, and rows one axis: a CPU would else copy the weights transposed, in decoding for each token, and in
+    # the gradient, which contracts the rows, the hidden layer.
+    experts, width = weights.up.shape[:2]
+    rows = jnp.broadcast_to(x.reshape(-1, width), (experts, x.size // width, width))
+    of_row = gates.reshape(-1, experts).T[..., None].astype(x.dtype)
 
-    hidden = jnp.einsum("BSD,EDF->BSEF", x, weights.up)
-    gate = None if weights.gate is None else jnp.einsum("BSD,EDF->BSEF", x, weights.gate)
-    return _lean(down)(hidden, gate, gates)
+    def down(hidden: jax.Array, gate: jax.Array | None, of_row: jax.Array) -> jax.Array:
+        # Weighting the hidden layer instead of the output spares an array [E, R, D].
+        return jnp.einsum("ERF,EFD->RD", dropout(_activate(hidden, gate)) * of_row, weights.down)
+
+    hidden = jnp.einsum("ERD,EDF->ERF", rows, weights.up)
+    gate = None if weights.gate is None else jnp.einsum("ERD,EDF->ERF", rows, weights.gate)
+    return _lean(down)(hidden, gate, of_row).reshape(x.shape)
 
 
 def _capacity(
