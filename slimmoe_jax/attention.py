@@ -142,7 +142,8 @@ class Attention(nn.Module):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
         else:
             y = blockwise.causal_attention(q, k, v, mask)
-        return jnp.einsum("BSNH,NHD->BSD", y, out), (k, v)
+        # One axis is contracted: with two, a CPU copies the weights transposed, in decoding for each token.
+        return y.reshape(*x.shape[:2], -1) @ out.reshape(-1, c.width), (k, v)
 
     def _weight(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
