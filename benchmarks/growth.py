@@ -33,7 +33,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from common import header, machine, one_device, row, spread  # noqa: E402
 
-from slimmoe_jax import attention, blockwise, metrics, sharding, state, step  # noqa: E402
+from slimmoe_jax import attention, blockwise, host, metrics, sharding, state, step  # noqa: E402
 from slimmoe_jax import config as config_lib  # noqa: E402
 from slimmoe_jax.config import DataConfig, ModelConfig, RouterConfig, TrainConfig  # noqa: E402
 
@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed steps a row (default: %(default)s)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a config as JSON: what a row's own process is given
     args = parser.parse_args(argv)
+    host.prepare()  # as training does
     if args.measure:
         print(json.dumps(measure_one(args.measure, args.repeats)))
         return

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The four stages one after another, each from the weights of the one before, and what they know of multiple choice.
 #
-#   launch/four_stages.sh                     the quickstart's: offline, some 10 minutes on two cores
+#   launch/four_stages.sh                     the quickstart's: offline, four to ten minutes on two cores
 #   launch/four_stages.sh full                the 250M's: FineWeb-Edu, UltraChat, MMLU's auxiliary_train, OpenHermes, from the hub
 #   launch/four_stages.sh full --precision bfloat16 --optim.accumulate 1     flags after the name go to every stage
 #
