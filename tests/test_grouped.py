@@ -179,7 +179,7 @@ def test_experts_equal_all_experts(gated):
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="method")
     for got, wanted in zip(*(jax.tree.leaves(run(x, scores, weights, method=m)) for m in ("grouped", "dense")), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-5)  # of values of some tens
 
 
 def test_several_devices_are_refused_in_training_and_use_ragged_otherwise():

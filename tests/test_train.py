@@ -18,6 +18,25 @@ from slimmoe_jax.config import InputError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = tiny.source()
 
+ORDER = """
+import sys
+from slimmoe_jax import host, step, train
+
+events, compiled, read = [], step.jit_train_step, train.Log.step
+
+def noting_runs(*arguments):
+    run = compiled(*arguments)
+    return lambda *inputs: (events.append("run"), run(*inputs))[1]
+
+def noting_reads(*arguments, **more):
+    events.append("read")
+    read(*arguments, **more)
+
+step.jit_train_step, train.Log.step = noting_runs, noting_reads
+train.main(sys.argv[1:])
+print(*events if host.keep_freed_memory() else ["not here"])
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -67,6 +86,16 @@ def test_a_run_learns_and_records_what_users_rely_on(folder, reference):
     for name in ("load_entropy", "max_violation", "dropped", "experts_per_token", "router_entropy", "dead_experts"):
         assert len(row[name]) == 2, f"{name} has a value for each layer"
     assert json.loads((folder / "whole" / "config.json").read_text())["model"]["width"] == 32
+
+
+def test_a_step_that_is_done_is_read_before_the_next_begins(folder, reference):
+    """Else its time would be that of two, and the next one's, read at a checkpoint, nothing."""
+    program = [sys.executable, "-c", ORDER, *tiny.train_command("--workdir", "read")[3:]]
+    done = subprocess.run(program, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if "not here" in done.stdout:
+        pytest.skip("an accelerator, or no glibc: steps run while the next is prepared")
+    assert done.stdout.split() == ["run", "read"] * 8
 
 
 def test_resume_is_bitwise(folder, reference):
