@@ -103,8 +103,8 @@ def apply_experts(
 
 
 def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Elementwise) -> jax.Array:
-    # Experts are a batch axis, and rows one axis: a CPU would else copy the weights transposed, in decoding for each token, and in
-    # the gradient, which contracts the rows, the hidden layer.
+    # Experts are a batch axis, since a CPU would else transpose all weights, in decoding for each token. Rows are one axis, since a
+    # gradient that contracts two costs it a transposed copy of the hidden layer.
     experts, width = weights.up.shape[:2]
     rows = jnp.broadcast_to(x.reshape(-1, width), (experts, x.size // width, width))
     of_row = gates.reshape(-1, experts).T[..., None].astype(x.dtype)
