@@ -178,7 +178,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed steps a row (default: %(default)s)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a config as JSON: what a row's own process is given
     args = parser.parse_args(argv)
-    host.prepare()  # as training does
     if args.measure:
         print(json.dumps(measure_one(args.measure, args.repeats)))
         return
@@ -196,5 +195,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    host.prepare()  # as training does
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of the table
     main()

@@ -378,9 +378,12 @@ def run_spec() -> None:
     if spec["side"] is None:
         write_weights(config, Path(spec["weights"]))
     else:
-        if spec["side"]["keeps_memory"]:
-            host.prepare() if spec["side"]["name"] == "slimmoe_jax" else host.keep_freed_memory(one_heap=True)
-        work(Side(**spec["side"]), config, Path(spec["weights"]), spec["steps"], spec["warmup"])
+        side = Side(**spec["side"])
+        if side.keeps_memory and side.name == "slimmoe_jax":
+            host.prepare()
+        elif side.keeps_memory:
+            host.keep_freed_memory(one_heap=True)
+        work(side, config, Path(spec["weights"]), spec["steps"], spec["warmup"])
 
 
 if __name__ == "__main__":
