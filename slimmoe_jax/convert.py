@@ -211,8 +211,11 @@ def write_configs(
             "tokenizer": tokenizers.describe(tokenizer),
         }
         (folder / TRAINING_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+    pad = tokenizer_files.pad_token(tokenizer)
+    # PyTorch never trains the embedding of the padding token that the config names: the end token's must be trained.
+    tree["pad_token_id"] = None if pad == tokenizer.end_token else pad
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
-    generation = {"eos_token_id": tokenizer.end_token, "pad_token_id": tokenizer.end_token}
+    generation = {"eos_token_id": tokenizer.end_token, "pad_token_id": pad}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

@@ -1,5 +1,6 @@
 """The PyTorch model that exports carry: the JAX model's function in every variant, and what users of transformers expect."""
 
+import copy
 import dataclasses
 
 import flax.linen as nn
@@ -232,6 +233,40 @@ def test_the_auxiliary_loss_is_that_of_training_on_the_actual_choices(name):
     np.testing.assert_allclose((out.loss - plain.loss).item(), weight * out.aux_loss.item(), atol=1e-6)
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+def test_the_auxiliary_loss_has_the_same_weight_however_a_batch_is_cut(adaptive, shifted):
+    """Equal rows, whose routing statistics do not depend on the cut: their summed losses and gradients must not, either."""
+    network = copy.deepcopy(adaptive[2])
+    network.config.router_aux_loss_coef = 1.0
+    tokens = torch.tensor(TOKENS[:1], dtype=torch.long).repeat(6, 1)
+    mask = torch.ones_like(tokens)
+    mask[:, -9:] = 0  # on the right, since a first label that is padding could not be counted wrongly
+    labels = tokens.masked_fill(mask == 0, -100)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    items = int((targets != -100).sum())
+
+    def trained(sizes, count):
+        network.zero_grad()
+        total = 0.0
+        for rows in torch.arange(6).split(sizes):
+            options = dict(shift_labels=targets[rows]) if shifted else {}
+            options |= {} if count is None else dict(num_items_in_batch=count)
+            out = network(tokens[rows], attention_mask=mask[rows], labels=labels[rows], output_router_logits=True, **options)
+            out.loss.backward()
+            total += out.loss.item()
+        return total, {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+    whole, gradients = trained([6], None)
+    for sizes, count in (([6], items), ([1] * 6, torch.tensor(items)), ([4, 2], items), ([1, 5], torch.tensor([items]))):
+        loss, found = trained(sizes, count)
+        np.testing.assert_allclose(loss, whole, rtol=1e-5, err_msg=str(sizes))
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{sizes}: {name}")
+    network.config.router_aux_loss_coef, router = 0.0, "model.layers.0.mlp.gate.weight"
+    difference = (trained([6], None)[1][router] - gradients[router]).norm() / gradients[router].norm()
+    assert difference > 0.1, "the auxiliary loss must matter for this to be a test"
+
+
 def test_gradient_checkpointing_changes_no_gradient(adaptive):
     tokens, mask = padded_batch()
     network = adaptive[2]
@@ -321,6 +356,87 @@ def test_half_precision_keeps_routers_exact(adaptive, tmp_path):
     assert gate.threshold == network.model.layers[0].mlp.gate.threshold
     out = half(torch.tensor(TOKENS, dtype=torch.long), output_router_logits=True)
     assert out.router_logits[0].dtype == torch.float32 and out.logits.dtype == torch.bfloat16
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("weights_dtype", [torch.float32, *HALVES], ids=str)
+def test_autocast_leaves_float32_what_is_documented_so(adaptive, dtype, weights_dtype):
+    """Routers, norms, rotations and the auxiliary loss, as in `Trainer(bf16=True)`: as without autocast on the same input."""
+    network = copy.deepcopy(adaptive[2]).to(weights_dtype)
+    network.set_attn_implementation("eager")
+    exact = (modeling_slimmoe.SlimMoERouter, modeling_slimmoe.SlimMoERMSNorm, modeling_slimmoe.SlimMoERotaryEmbedding)
+    calls = []
+    for module in network.modules():
+        if isinstance(module, exact):
+            module.register_forward_hook(lambda *call: calls.append(call))
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        out = network(torch.tensor(TOKENS, dtype=torch.long), output_router_logits=True)
+    assert out.logits.dtype == dtype, "autocast must have been on for this to be a test"
+    routers = [layer.mlp.gate for layer in network.model.layers]
+    auxiliary = modeling_slimmoe.load_balancing_loss_func(out.router_logits, routers)
+    torch.testing.assert_close(out.aux_loss, auxiliary, rtol=0, atol=0)
+    assert {type(module) for module, _, _ in calls} == set(exact) and len(calls) == 3 + 7 + 2
+    for module, inputs, output in calls:
+        with torch.no_grad():
+            expected = module.forward(*inputs)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0, msg=type(module).__name__)
+        if isinstance(module, modeling_slimmoe.SlimMoERouter):
+            logits, gates, index = output
+            product = inputs[0].double() @ module.weight.double().T
+            torch.testing.assert_close(logits.double(), product, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(index, module.choose(product.float())[1])
+            assert logits.dtype == torch.float32 and gates.dtype == inputs[0].dtype
+        elif isinstance(module, modeling_slimmoe.SlimMoERMSNorm):  # rounded once, at the end
+            x = inputs[0].double()
+            x = x * (x.square().mean(-1, keepdim=True) + module.eps).rsqrt() * module.weight.double()
+            torch.testing.assert_close(output.double(), x, rtol=max(1e-5, 0.51 * torch.finfo(output.dtype).eps), atol=1e-6)
+
+
+def test_attention_written_out_has_its_softmax_in_float32_under_autocast():
+    scores = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    layer = torch.nn.Identity()
+    layer.num_key_value_groups = 1
+    with torch.autocast("cpu", torch.bfloat16):
+        _, weights = modeling_slimmoe.eager_attention_forward(layer, scores, torch.eye(5).expand(1, 2, 5, 5), scores, None, 1.0)
+    expected = scores.bfloat16().float().softmax(-1)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_device_without_autocast_is_left_alone(adaptive):
+    with torch.device("meta"):
+        router = modeling_slimmoe.SlimMoERouter(adaptive[2].config)
+    logits, _, index = router(torch.empty(7, 32, device="meta"))
+    assert (logits.shape, index.shape, logits.device.type) == ((7, 4), (7, 2), "meta")
+
+
+def test_autocast_breaks_no_graph(adaptive):
+    """`torch.compile(fullgraph=True)` traces the switch of autocast; `slow` tests compile for real."""
+    network = adaptive[2]
+    tokens = torch.tensor(TOKENS, dtype=torch.long)
+    assert network._can_compile_fullgraph
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    for dtype in (None, *HALVES):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            expected, found = (model(tokens, use_cache=False, output_router_logits=True) for model in (network, compiled))
+        assert found.logits.dtype == (dtype or torch.float32) and found.router_logits[1].dtype == torch.float32
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("end, padded", [(60, 0), (0, None), ([60, 0], None), (None, 0)])
+def test_the_embedding_of_padding_is_not_trained_but_that_of_an_end_token_is(end, padded):
+    config = SlimMoEConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        pad_token_id=0, eos_token_id=end,
+    )  # fmt: skip
+    network = SlimMoEForCausalLM(config)
+    assert network.model.embed_tokens.padding_idx == padded
+    tokens = torch.tensor([[5, 6, 0, 7, 60, 8]])
+    network(tokens, labels=tokens).loss.backward()
+    used = network.model.embed_tokens.weight.grad.abs().sum(-1) > 0
+    assert set(used.nonzero().flatten().tolist()) == {5, 6, 0, 7, 60} - ({0} if padded == 0 else set())
 
 
 @pytest.mark.slow

@@ -82,6 +82,18 @@ def test_a_pipeline_answers_messages(folder):
     assert reply["content"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_a_batch_padded_on_the_left_gives_each_prompts_own_tokens(folder):
+    network, tokenizer = load(folder)
+    prompts = ["The module", "What does `json.dumps` do, and what does it return?", "x"]
+    options = dict(max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    assert (batch["attention_mask"][:, 0] == 0).sum() == 2 and (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
+    together = network.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    for prompt, tokens in zip(prompts, together, strict=True):
+        alone = tokenizer(prompt, return_tensors="pt")
+        assert tokens.tolist() == network.generate(**alone, **options)[0, alone["input_ids"].shape[1] :].tolist()
+
+
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +123,45 @@ def fine_tune(folder, conversations, out, learning_rate=5e-3, peft_config=None):
     trainer = trl.SFTTrainer(network, args=settings, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
     trainer.train()
     return trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def step_of_trainer(folder, rows, out, **settings):
+    """One step of plain gradient descent by transformers' `Trainer`, with the auxiliary loss: the network and the loss."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dropout=0.0)
+    network.config.output_router_logits, network.config.router_aux_loss_coef = True, 1.0
+    arguments = transformers.TrainingArguments(
+        output_dir=str(out), max_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
+        report_to=[], use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **settings,
+    )  # fmt: skip
+    trainer = transformers.Trainer(network, args=arguments, train_dataset=rows)
+    trainer.train()
+    return network, trainer.state.log_history[0]["loss"]
+
+
+def test_trainer_weighs_the_auxiliary_loss_the_same_however_it_accumulates(folder, tmp_path):
+    """Equal rows, so that the routing statistics of a micro-batch are those of the batch."""
+    tokens = list(range(2, 22))
+    rows = [{"input_ids": [0] * 5 + tokens, "attention_mask": [0] * 5 + [1] * 20, "labels": [-100] * 5 + tokens}] * 4
+    whole, loss = step_of_trainer(folder, rows, tmp_path, per_device_train_batch_size=4)
+    cut, its_loss = step_of_trainer(folder, rows, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    np.testing.assert_allclose(its_loss, loss, rtol=1e-5)
+    for name, weight in whole.named_parameters():
+        torch.testing.assert_close(cut.get_parameter(name), weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_trainer_in_bfloat16_keeps_routers_in_float32(folder, tmp_path, monkeypatch):
+    modeling = sys.modules[type(load(folder)[0]).__module__]
+    forward, seen = modeling.SlimMoERouter.forward, []
+
+    def watched(self, hidden_states):
+        out = forward(self, hidden_states)
+        seen.append((torch.is_autocast_enabled("cpu"), out[0].dtype))
+        return out
+
+    monkeypatch.setattr(modeling.SlimMoERouter, "forward", watched)
+    rows = [{"input_ids": list(range(2, 22)), "labels": list(range(2, 22))}] * 2
+    step_of_trainer(folder, rows, tmp_path, per_device_train_batch_size=2, bf16=True)
+    assert seen == [(True, torch.float32)] * 2
 
 
 @pytest.mark.slow

@@ -13,8 +13,23 @@ from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import ModelConfig
 from slimmoe_jax.contamination import Stage
 from slimmoe_jax.conversion.configs import run_name, without_folders
+from slimmoe_jax.conversion.tokenizer import pad_token
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.progress import short
+
+PADDED_BY_END = """\
+GPT-2's vocabulary has no spare token, so the end token also pads batches. The `DataCollatorForLanguageModeling` of transformers
+leaves padding tokens out of the loss, and here the end of each text with them: a model fine-tuned that way never learns to stop.
+Give `Trainer` this `data_collator` instead, which goes by the attention mask:
+
+```python
+def collate(rows):
+    batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch
+```
+
+End each text with `tokenizer.eos_token`."""
 
 
 def write(
@@ -34,6 +49,7 @@ def write(
         f" {slimmoe_jax.__version__} and converted from step {run.step:,} of its last stage.",
         _usage(run, native),
         "## Properties\n\n" + _table(_properties(run, model, tokenizer, dtype)),
+        *(["## Padding\n\n" + PADDED_BY_END] if pad_token(tokenizer) == tokenizer.end_token else []),
         "## Training\n\n" + _training(behind, lost),
         "## Contamination\n\n" + _contamination(behind, lost),
         "## Parity with JAX\n\n" + _parity(parity),
@@ -73,8 +89,8 @@ def _usage(run: Run, native: bool) -> str:
         lines += ['inputs = tokenizer("The", return_tensors="pt")']
     lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))", "```", ""]
     lines += [
-        "transformers 5.16 or newer. The chat template breaks an end token that a message spells; other text from strangers is safe"
-        " as `tokenizer(text, split_special_tokens=True)`."
+        "transformers 5.16 or newer. The chat template breaks an end or padding token that a message spells; other text from"
+        " strangers is safe as `tokenizer(text, split_special_tokens=True)`."
     ]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimmoe_jax.config import InputError
+from slimmoe_jax.data import tokenizers
 from slimmoe_jax.data.tokenizers import GPT2, SentencePiece, Tokenizer
 
 _SPACE = "\u2581"  # SentencePiece's
@@ -28,11 +29,10 @@ def write(tokenizer: Tokenizer, context: int, directory: Path) -> None:
             f"transformers has no form of the tokenizer {tokenizer.name}: convert those with GPT-2's or SentencePiece's"
         )
     fast.save(str(directory / "tokenizer.json"))
-    end = fast.id_to_token(tokenizer.end_token)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": end,
-        "pad_token": end,  # there is none of its own; attention masks tell padding from ends
+        "eos_token": fast.id_to_token(tokenizer.end_token),
+        "pad_token": fast.id_to_token(pad_token(tokenizer)),
         "model_max_length": context,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
@@ -43,6 +43,18 @@ def write(tokenizer: Tokenizer, context: int, directory: Path) -> None:
         shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
 
 
+def pad_token(tokenizer: Tokenizer) -> int:
+    """The token that pads batches: SentencePiece's `<unk>`, which byte fallback keeps out of every text.
+
+    GPT-2's vocabulary has no such token: the end token pads there, and only the attention mask tells the two apart.
+    """
+    if not isinstance(tokenizer, SentencePiece):
+        return tokenizer.end_token
+    import sentencepiece
+
+    return int(sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).unk_id())
+
+
 def read(directory: Path) -> Tokenizer:
     """Our tokenizer of a folder that `write` filled.
 
@@ -50,7 +62,7 @@ def read(directory: Path) -> Tokenizer:
       InputError: it holds another.
     """
     if (directory / "tokenizer.model").is_file():
-        return SentencePiece(directory / "tokenizer.model")
+        return tokenizers.load(str(directory / "tokenizer.model"))
     try:
         kept = json.loads((directory / "tokenizer.json").read_text())["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, T = B S tokens, D hidden size, N query heads, K key
 R rotated dimensions of a head (by layer), E experts, F their hidden width, C most experts a token, V vocabulary.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -171,6 +172,13 @@ class SlimMoEAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which products of float32 are float32, under autocast too. Some devices have no autocast."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class SlimMoERouter(nn.Module):
     """Chooses at most C experts a token. What steered it in training, threshold and bias, belongs to the checkpoint."""
 
@@ -188,7 +196,8 @@ class SlimMoERouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, D] -> logits [T, E] in float32, and the chosen experts' gates and numbers, each [T, C]."""
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        with without_autocast(hidden_states.device):
+            logits = F.linear(hidden_states.float(), self.weight.float())
         gates, index = self.choose(logits)
         return logits, gates.to(hidden_states.dtype), index
 
@@ -368,7 +377,9 @@ class SlimMoEModel(SlimMoEPreTrainedModel):
 
     def __init__(self, config: SlimMoEConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
+        # The embedding of padding is not trained; that of an end token is, also where it pads.
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.padding_idx = None if config.pad_token_id in ends else config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.dropout = nn.Dropout(config.dropout)
@@ -454,6 +465,25 @@ def load_balancing_loss_func(
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
+def share_of_targets(
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    **_,
+) -> torch.Tensor | float:
+    """This micro-batch's share of `num_items_in_batch`, the targets of the whole batch; 1 where that is not given.
+
+    transformers' `Trainer` adds up the losses of micro-batches. Cross-entropy is divided by the targets of the whole batch, and the
+    auxiliary loss, which is a mean, is multiplied by this share: then it has the same weight however the batch is cut.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    count = (targets != ignore_index).sum()
+    return count / (num_items_in_batch.to(count.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
 class SlimMoEForCausalLM(SlimMoEPreTrainedModel, GenerationMixin):
     """The language model."""
 
@@ -485,7 +515,8 @@ class SlimMoEForCausalLM(SlimMoEPreTrainedModel, GenerationMixin):
         Args:
             labels ([B, S], *optional*): Tokens to predict, shifted inside; -100 leaves one out.
             output_router_logits (`bool`, *optional*): Return each layer's router logits [T, E], and the auxiliary loss, which is
-                added to the loss with the weight `config.router_aux_loss_coef`.
+                added to the loss with the weight `config.router_aux_loss_coef`, times this batch's share of `num_items_in_batch`
+                where that is given.
             logits_to_keep (`int` or indices, *optional*): Positions whose logits are computed; the last so many, 0 for all.
         """
         if output_router_logits is None:
@@ -513,7 +544,8 @@ class SlimMoEForCausalLM(SlimMoEPreTrainedModel, GenerationMixin):
             mask = attention_mask[:, -new:] if attention_mask is not None and attention_mask.dim() == 2 else None
             aux_loss = load_balancing_loss_func(outputs.router_logits, routers, mask)
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                weight = self.config.router_aux_loss_coef * share_of_targets(labels, **kwargs)
+                loss = loss + (weight * aux_loss.to(labels.device)).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
