@@ -103,9 +103,9 @@ class DataConfig:
     """Text in, fixed-length records of tokens out."""
 
     source: str = "stdlib"  # hub:NAME[:SUBSET], a directory, a .parquet/.jsonl[.gz|.zst]/.txt file, stdlib[:sources]
-    split: str = ""  # of the hub's dataset (empty: train); of a directory only the files SPLIT-*, where there are such
+    split: str = ""  # of the hub's dataset (empty: train) or of a directory (empty: train where its files name splits, else all)
     format: Literal["text", "chat", "multiple_choice"] = "text"  # what a row holds; chat and questions are packed
-    text_field: str = ""  # column or key of the text or messages; empty: text, or messages for chat
+    text_field: str = ""  # column or key of the text or messages; empty: text, or for chat messages or conversations
     choice_style: Literal["cloze", "letters"] = "cloze"  # multiple choice asks for the answer's text, or for its letter
     mix: tuple[str, ...] = ()  # further sources, WEIGHT:[FORMAT:]SOURCE; the weight is in records, beside 1 for `source`
     records: str = ""  # folder of prepared records; empty: data/NAME-HASH below the current directory
@@ -440,11 +440,16 @@ def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
                 f"data.mix = {entry}: write WEIGHT:SOURCE or WEIGHT:FORMAT:SOURCE with a weight above 0, such as 0.25:stdlib"
             )
         same_format = form == data.format
-        field, split = (data.text_field, data.split) if same_format else ("", "")
+        field = data.text_field if same_format else ""
+        split = data.split if same_format and _has_splits(source) else ""
         parts.append(
             (share, dataclasses.replace(data, source=source, format=form, text_field=field, split=split, mix=(), records=""))
         )
     return parts
+
+
+def _has_splits(source: str) -> bool:
+    return source.startswith("hub:") or Path(source).expanduser().is_dir()
 
 
 def inherit(config: TrainConfig) -> TrainConfig:

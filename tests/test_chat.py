@@ -115,11 +115,41 @@ def test_long_conversations_end_with_the_last_answer_that_fits(tokenizer):
         ([{"role": "user", "content": "x"}] * 2, "roles out of order: user after user"),
         ([*MESSAGES[1:3], MESSAGES[2]], "roles out of order: assistant after assistant"),
         ([*MESSAGES[1:3], MESSAGES[0]], "roles out of order: system after assistant"),
+        ({"role": "user", "content": "x"}, "not a list of messages, but dict"),
+        ([{"from": "tool", "value": "x"}], "a ShareGPT message from 'tool', not system, human, user, gpt, assistant"),
+        ([{"from": "human", "value": None}], "a ShareGPT message without text under value"),
+        ([{"from": "human", "value": " "}], "an empty user message"),
+        ([{"from": "gpt", "value": "Hello."}], "roles out of order: assistant first"),
+        (
+            [{"speaker": "A", "text": "x"}],
+            "with the keys speaker, text, and neither role and content nor ShareGPT's from and value",
+        ),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "a part of type 'image_url', not text"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a part without text"),
+        ([{"role": "user", "content": ["x"]}], "a part of type 'str', not text"),
+        ([{"role": "user", "content": []}], "an empty user message"),
+        ([{"role": "user", "content": b"x"}], "a message without text under content"),
     ],
 )
 def test_messages_that_are_none_are_refused(messages, reason):
     with pytest.raises(ValueError, match=reason):
         chat.turns_of(messages)
+
+
+def test_sharegpts_rows_are_the_same_conversation():
+    """Also with the keys of the other form, empty, as tables have them, and with further keys."""
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    rows = [{"from": names[message["role"]], "value": message["content"], "weight": None} for message in MESSAGES]
+    assert chat.turns_of(rows) == chat.turns_of(MESSAGES)
+    assert chat.turns_of([row | {"role": None, "content": None} for row in rows]) == chat.turns_of(MESSAGES)
+    assert chat.turns_of([message | {"from": None, "value": None} for message in MESSAGES]) == chat.turns_of(MESSAGES)
+    plain = [{"from": message["role"], "value": message["content"]} for message in MESSAGES]
+    assert chat.turns_of(plain) == chat.turns_of(MESSAGES)
+
+
+def test_parts_of_text_are_joined_as_they_are():
+    parts = [{"type": "text", "text": " One, "}, {"type": "text", "text": "two", "image_url": None}, {"type": "text", "text": "\n"}]
+    assert chat.turns_of([{"role": "user", "content": parts}]) == [Turn("user", "One, two")]
 
 
 def test_an_empty_system_turn_is_left_out():

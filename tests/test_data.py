@@ -161,6 +161,59 @@ def test_parquet_without_the_column_names_the_columns(tmp_path):
         prepare.prepare(data_config(tmp_path / "a.parquet"), tmp_path / "out", workers=1)
 
 
+@pytest.mark.parametrize(
+    ("texts", "fields", "message"),
+    [
+        (
+            ["ab"] * 90 + TEXTS[:1],
+            {},
+            "of 91 documents, 90 shorter than data.min_characters = 8.*: lower data.min_characters, lower data.validation_fraction",
+        ),
+        (
+            ["ab"] * 9,
+            {},
+            "holds no document .*of 9 documents, 9 shorter than .*a.jsonl row 1: near empty.*: lower data.min_characters$",
+        ),
+        (
+            [5] * 9,
+            {},
+            "of 9 documents, 9 invalid; .*no text under 'text', but int.*: check data.source, data.format and data.text_f",
+        ),
+        ([], {}, r"holds no document .*\(it is empty\): check data.source$"),
+        (
+            TEXTS[:9],
+            {"context": 9_999, "validation_fraction": 0.5},
+            "less than one record of 10000: .*, lower data.context, or give",
+        ),
+    ],
+)
+def test_too_little_text_is_told_by_what_it_is_lost_to(tmp_path, texts, fields, message):
+    with pytest.raises(InputError, match=message):
+        prepare.prepare(data_config(write_jsonl(tmp_path / "a.jsonl", texts), **fields), tmp_path / "out", workers=1)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_files_of_other_splits_are_named_in_the_summary(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl")
+    write_jsonl(folder / "test.jsonl", TEXTS[:200])
+    manifest = prepare.prepare(data_config(folder), tmp_path / "out", workers=1)
+    assert sum(split["documents"] for split in manifest["splits"].values()) == len(TEXTS)
+    line = "left out: 1 file outside the train split (test.jsonl); --data.split NAME reads another"
+    assert line in prepare.summary_lines(manifest, tmp_path / "out")
+    del manifest["remarks"]  # as in records of an earlier version
+    assert line not in prepare.summary_lines(manifest, tmp_path / "out")
+
+
+def test_text_that_has_changed_at_the_same_size_is_not_taken_for_the_old(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    prepare.prepare(data_config(path), tmp_path / "out", workers=1)
+    write_jsonl(path, [text.replace("word1", "word2") for text in TEXTS])
+    with pytest.raises(InputError, match="the source has changed since"):
+        prepare.prepare(data_config(path), tmp_path / "out", workers=1)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")

@@ -1,11 +1,13 @@
 """Tokenizers: any text comes back, none of it becomes a special token, and no file is trusted unseen."""
 
+import io
 import random
 import shutil
 import subprocess
 import sys
 
 import pytest
+import sentencepiece as sentencepiece_lib
 
 from slimmoe_jax.config import InputError
 from slimmoe_jax.data import tokenizers
@@ -99,3 +101,105 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "t.model").write_bytes(b"not a model")
     with pytest.raises(InputError, match="not a SentencePiece model"):
         tokenizers.load(str(tmp_path / "t.model"))
+
+
+# --- training text ---------------------------------------------------------------------------------------------------
+
+TRAINED = dict(
+    model_type="bpe", normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9995, split_digits=True,
+    user_defined_symbols=["\n"], unk_id=0, bos_id=-1, eos_id=1, pad_id=-1, num_threads=1, minloglevel=2,
+    max_sentence_length=16_384,
+)  # fmt: skip
+
+
+def train(path, sentences, size, **changed):
+    """SentencePiece itself."""
+    model = io.BytesIO()
+    sentencepiece_lib.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=size, **(TRAINED | changed)
+    )
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+def test_text_of_short_lines_makes_the_vocabulary_that_its_lines_make(tmp_path):
+    """Byte by byte: records and runs that exist depend on it. The longest line has the 16,384 bytes that are still taken whole."""
+    texts = [f"Line {n}\n\n\t second {n * 7 % 50} caf\u00e9  \r\n" * 9 for n in range(200)] + ["word " * 3_276 + "word"]
+    assert len(texts[-1].encode()) == 16_384
+    tokenizers.train_sentencepiece(texts, 300, tmp_path / "a.model")
+    expected = train(tmp_path / "b.model", [line for text in texts for line in text.split("\n") if line.strip()], 300)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes(), expected
+
+
+@pytest.mark.parametrize("longest", ["word " * 20_000, "\u6f22\u5b57" * 20_000, "x" * 16_385, " " * 40_000 + "\u00e9" * 20_000])
+def test_a_long_line_is_cut_and_nothing_of_it_is_lost(longest):
+    parts = list(tokenizers._training_lines(f"first\n{longest}\nlast"))
+    assert parts[0] == "first" and parts[-1] == "last"
+    assert "".join(parts[1:-1]).strip() == longest.strip() and all(len(part.encode()) <= 16_384 for part in parts)
+    if "word" in longest:
+        assert all(part.startswith(" word") or part.startswith("word") for part in parts[1:-1]), "cut before spaces"
+
+
+def test_a_vocabulary_learns_from_long_lines(tmp_path):
+    """Characters that stand in long lines alone are pieces, and not three bytes each."""
+    signs = "".join(chr(0x4E00 + n) for n in range(100))
+    texts = [" ".join(f"word{n}" for n in range(60))] * 20 + [signs * 90] * 3
+    tokenizers.train_sentencepiece(texts, 500, tmp_path / "t.model")
+    assert len(tokenizers.load(str(tmp_path / "t.model")).encode(signs)) <= 100
+    tokenizers.train_sentencepiece(["one line of words and nothing else " * 600], 280, tmp_path / "t.model")
+
+
+def test_a_line_with_a_sign_of_the_librarys_own_is_not_dropped(tmp_path):
+    """SentencePiece keeps U+2585 for itself, and drops lines with it."""
+    texts = ["abc def"] * 20 + ["\u0416\u0416 \u2585 \u0416\u0416\u0416"] * 20
+    tokenizers.train_sentencepiece(texts, 280, tmp_path / "t.model")
+    tokenizer = tokenizers.load(str(tmp_path / "t.model"))
+    assert len(tokenizer.encode("\u0416")) == 1 and tokenizer.decode(tokenizer.encode(texts[-1])) == texts[-1]
+
+
+def test_a_text_that_is_not_unicode_does_not_end_the_training(tmp_path):
+    """JSON can spell lone surrogates; such rows are counted as invalid, and no record holds them."""
+    tokenizers.train_sentencepiece(["abc def"] * 20 + ["x \ud800 y"], 270, tmp_path / "t.model")
+    assert tokenizers.load(str(tmp_path / "t.model")).vocab_size == 270
+
+
+# --- what a model must keep ------------------------------------------------------------------------------------------
+
+LOSSY = {
+    "a prefix, as Llama's": (dict(add_dummy_prefix=True), "it changes spaces where one text continues another"),
+    "extra spaces": (dict(remove_extra_whitespaces=True), "it loses [^;]*runs of spaces, spaces at the ends"),
+    "nfkc": (dict(normalization_rule_name="nfkc"), "it loses other characters"),
+    "lower case": (dict(normalization_rule_name="nmt_nfkc_cf"), "it loses [^;]*capital letters"),
+    "no bytes": (dict(byte_fallback=False, hard_vocab_limit=False), "it loses [^;]*tags of chats, [^;]*emoji"),
+    "no line breaks": (dict(normalization_rule_name="nmt_nfkc", user_defined_symbols=[]), "it loses line breaks, tabs"),
+    "spaces behind words": (dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True), "does not keep text as it is"),
+    "the library's own": (
+        dict(
+            model_type="unigram", normalization_rule_name="nmt_nfkc", add_dummy_prefix=True, remove_extra_whitespaces=True,
+            byte_fallback=False, user_defined_symbols=[], allow_whitespace_only_pieces=False, hard_vocab_limit=False,
+        ),
+        "it loses line breaks, tabs, runs of spaces",
+    ),
+}  # fmt: skip
+LINES = [f"The  number {n} is a word, {n * 7 % 50} others follow; a(b) = <c> | d\t" for n in range(300)]
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_model_that_loses_text_is_refused(tmp_path, name):
+    changed, message = LOSSY[name]
+    path = train(tmp_path / "lossy.model", LINES, 300, **changed)
+    with pytest.raises(InputError, match=message) as caught:
+        tokenizers.load(path)
+    assert "lossy.model does not keep text as it is (" in str(caught.value) and "\n" not in str(caught.value)
+    assert "`data.prepare --train-tokenizer N`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"model_type": "unigram"}, {"bos_id": 2, "pad_id": 3}, {"user_defined_symbols": ["\n", "<|user|>"]}],
+    ids=["as ours", "unigram", "more control tokens", "a tag of its own"],
+)
+def test_other_models_that_lose_nothing_are_taken(tmp_path, changed):
+    tokenizer = tokenizers.load(train(tmp_path / "t.model", LINES, 300, **changed))
+    assert tokenizer.decode(tokenizer.encode("a  b\n") + tokenizer.encode(" \u2581c")) == "a  b\n \u2581c"

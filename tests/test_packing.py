@@ -1,5 +1,6 @@
 """Packing: everything is placed once, records are full, and an example in company has the loss that it has alone."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -222,17 +223,83 @@ def test_plain_text_holds_no_conversations(tmp_path):
 def test_text_where_conversations_should_be_is_named(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"text": "hello"}])
     with pytest.raises(
-        InputError, match="holds no conversation of at most 65 tokens under 'messages'.*check data.source, data.format"
+        InputError,
+        match="holds no conversation of at most 65 tokens under 'messages' or 'conversations'.*of 1 conversations, 1 invalid.*"
+        "nothing under 'messages' or 'conversations'.*check data.source, data.format and data.text_field",
     ):
         prepare.prepare(DataConfig(source=source, format="chat", context=64), tmp_path / "out", workers=1)
+
+
+def talk(words):
+    return {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "so " * words}]}
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "broken", "message"),
+    [
+        (
+            0,
+            20,
+            0,
+            r"holds no conversation.*of 20 conversations, 20 longer than data.context \+ 1 = 65 tokens.*: raise data.context$",
+        ),
+        (0, 12, 8, "of 20 conversations, 8 invalid, 12 longer than.*: raise data.context$"),
+        (0, 8, 12, "of 20 conversations, 12 invalid, 8 longer than.*: check data.source, data.format and data.text_field$"),
+        (
+            12,
+            108,
+            0,
+            r"the validation split has 0 tokens.*\(of 120 conversations, 108 longer than data.context \+ 1 = 65 tokens\)"
+            ": raise data.context, raise data.validation_fraction.*, or give more text$",
+        ),
+        (12, 1, 0, "of 13 conversations, 1 longer than.*: raise data.context, raise data.validation_fraction"),
+        (12, 0, 108, "of 120 conversations, 108 invalid.*: check data.source, data.format and data.text_field, raise data.valid"),
+        (12, 0, 0, "has 0 tokens, less than one record of 65: raise data.validation_fraction.*, lower data.context, or give more"),
+    ],
+)
+def test_too_few_conversations_are_told_by_what_they_are_lost_to(tmp_path, short, long, broken, message):
+    """Where conversations are too long, no advice is to lower the context."""
+    rows = [talk(5)] * short + [talk(99)] * long + [{"messages": []}] * broken
+    data = DataConfig(source=write_rows(tmp_path / "a.jsonl", rows), format="chat", context=64, validation_fraction=1e-6)
+    with pytest.raises(InputError, match=message) as caught:
+        prepare.prepare(data, tmp_path / "out", workers=1)
+    assert not long or "lower data.context" not in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sharegpts_conversations_make_the_same_records(tmp_path, suffix, workers):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    names = {"user": "human", "assistant": "gpt"}
+    rows = [conversation(n) for n in range(100)]
+    shared = [[{"from": names[turn["role"]], "value": turn["content"]} for turn in row["messages"]] for row in rows]
+    shared = [{"source": "x", "conversations": turns} for turns in shared]
+    if suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(shared), tmp_path / "b.parquet", row_group_size=9)
+    else:
+        write_rows(tmp_path / "b.jsonl", shared)
+    made = []
+    for source in (write_rows(tmp_path / "a.jsonl", rows), str(tmp_path / f"b{suffix}")):
+        data = DataConfig(source=source, format="chat", context=64, validation_fraction=0.1)
+        made.append(prepare.prepare(data, tmp_path / f"out{len(made)}", workers)["splits"])
+    assert made[0] == made[1]
+    with pytest.raises(InputError, match="'messages'"):
+        prepare.prepare(dataclasses.replace(data, text_field="messages"), tmp_path / "out", workers)
+    named = dataclasses.replace(data, text_field="conversations")
+    assert prepare.prepare(named, tmp_path / "named", workers)["splits"] == made[0]
 
 
 def test_a_directory_gives_only_the_files_of_the_split(tmp_path):
     for name in ("train_sft-00000.jsonl", "train_sft-00001.jsonl", "test_sft-00000.jsonl", "train.jsonl"):
         write_rows(tmp_path / name, [conversation(hash(name) % 100)])
-    for split, count in (("train_sft", 2), ("test_sft", 1), ("train", 1), ("absent", 4), ("", 4)):
+    for split, count in (("train_sft", 2), ("test_sft", 1), ("train", 1), ("", 1)):
         units = prepare.open_source(DataConfig(source=str(tmp_path), format="chat", split=split)).units()
         assert len({unit.file for unit in units}) == count, split
+    with pytest.raises(InputError, match="data.split = absent is not in .*, which has test_sft, train, train_sft"):
+        prepare.open_source(DataConfig(source=str(tmp_path), format="chat", split="absent"))
 
 
 @pytest.mark.parametrize("layout", ["flat", "one struct column", "letters"])

@@ -298,7 +298,7 @@ def test_a_word_is_told_from_its_end_where_the_tokenizer_drops_a_leading_space(t
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=30, num_threads=1, minloglevel=2
     )
     (tmp_path / "t.model").write_bytes(model.getvalue())
-    tokenizer = tokenizers.load(str(tmp_path / "t.model"))
+    tokenizer = tokenizers.SentencePiece(tmp_path / "t.model")  # which `load` would refuse
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     names, found = probes.token_classes(tokenizer)
     whole, part = (processor.piece_to_id(piece) for piece in ("\u2581the", "the"))

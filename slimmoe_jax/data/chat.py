@@ -23,6 +23,8 @@ from slimmoe_jax.config import InputError
 from slimmoe_jax.data.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+COLUMNS = ("messages", "conversations")  # where rows have their messages, unless a config names another column
+_SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 class Turn(NamedTuple):
@@ -40,31 +42,59 @@ class Encoded(NamedTuple):
 
 
 def turns_of(messages: object) -> list[Turn]:
-    """Checks messages, a list of {"role", "content"}, and strips the contents of white space around them.
+    """Checks messages and strips their contents of white space around them.
 
-    User and assistant take turns, the user first; a system turn may stand before them, and is left out where it is empty.
+    A message is {"role", "content"}, the content a text or a list of parts {"type": "text", "text"}, which are joined as they are;
+    or ShareGPT's {"from", "value"}. User and assistant take turns, the user first; a system turn may stand before them, and is left
+    out where it is empty.
 
     Raises:
       ValueError: says what is wrong with them.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise ValueError("not a list of messages")
-    turns = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError("a message without text under content")
-        role, content = message.get("role"), message["content"].strip()
-        if role not in ROLES:
-            raise ValueError(f"a message of role {role!r}, not {', '.join(ROLES)}")
-        if not content and role != "system":
-            raise ValueError(f"an empty {role} message")
-        if content:
-            turns.append(Turn(role, content))
+        found = "" if messages is None or isinstance(messages, Sequence) and not messages else f", but {type(messages).__name__}"
+        raise ValueError(f"not a list of messages{found}")
+    turns = [turn for turn in map(_turn, messages) if turn.content]
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
     for n, turn in enumerate(spoken):
         if turn.role != ("user", "assistant")[n % 2]:
             raise ValueError(f"roles out of order: {turn.role} {'first' if n == 0 else f'after {spoken[n - 1].role}'}")
     return turns
+
+
+def _turn(message: object) -> Turn:
+    if not isinstance(message, dict):
+        raise ValueError("a message without text under content")
+    has = {key for key, value in message.items() if value is not None}
+    if not has & {"role", "content"} and has & {"from", "value"}:
+        role, content = _SHAREGPT.get(str(message.get("from"))), _text(message.get("value"), "a ShareGPT message", "value")
+        if role is None:
+            raise ValueError(f"a ShareGPT message from {message.get('from')!r}, not {', '.join(_SHAREGPT)}")
+    elif message and not message.keys() & {"role", "content"}:
+        keys = ", ".join(sorted(map(str, message))[:5])
+        raise ValueError(f"a message with the keys {keys}, and neither role and content nor ShareGPT's from and value")
+    else:
+        role, content = message.get("role"), _text(message.get("content"), "a message", "content")
+        if role not in ROLES:
+            raise ValueError(f"a message of role {role!r}, not {', '.join(ROLES)}")
+    if not content and role != "system":
+        raise ValueError(f"an empty {role} message")
+    return Turn(role, content)
+
+
+def _text(content: object, whose: str, key: str) -> str:
+    """A message's content, or that of its parts in one."""
+    if isinstance(content, str):
+        return content.strip()
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
+        raise ValueError(f"{whose} without text under {key}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"{whose} with a part of type {kind!r}, not text")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{whose} with a part without text")
+    return "".join(part["text"] for part in content).strip()
 
 
 def header(role: str, first: bool) -> str:

@@ -42,7 +42,7 @@ _TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained o
 
 def open_source(data: DataConfig) -> Source:
     """The source that the config names, opened for its format."""
-    return sources_lib.open_source(data.source, data.field, data.split, data.format)
+    return sources_lib.open_source(data.source, units.field_of(data), data.split, data.format)
 
 
 def with_tokenizer(part: DataConfig, main: Path) -> DataConfig:
@@ -181,7 +181,7 @@ def _tokenizer(data: DataConfig, source: Source, folder: Path) -> tokenizers.Tok
 def _first_texts(data: DataConfig, source: Source) -> Iterator[str]:
     left = _TOKENIZER_TEXT
     for unit in source.units():
-        for _, value in sources_lib.rows(unit, data.field):
+        for _, value in sources_lib.rows(unit, units.field_of(data)):
             for text in _texts_in(value):
                 yield text[:left]
                 left -= len(text)
@@ -266,7 +266,8 @@ def _join(job: Job, tokenizer: tokenizers.Tokenizer, source: Source, settings: d
         sums["leftover_tokens"] = _join_rest(job, split, len(summaries), files) if text else 0
         splits[split] = sums | {"records": sum(file["records"] for file in files), "files": files}
     examples = list(itertools.chain.from_iterable(summary["examples"] for summary in summaries))[:_NAMED]
-    _check_not_empty(job.data, splits, examples)
+    skipped = {reason: sum(summary["skipped"][reason] for summary in summaries) for reason in REASONS}
+    _check_not_empty(job.data, splits, skipped, examples)
     return {
         "format": records.FORMAT,
         "source": job.data.source,
@@ -277,9 +278,10 @@ def _join(job: Job, tokenizer: tokenizers.Tokenizer, source: Source, settings: d
         "dtype": job.dtype,
         "tokenizer": tokenizers.describe(tokenizer),
         "splits": splits,
-        "skipped": {reason: sum(summary["skipped"][reason] for summary in summaries) for reason in REASONS},
+        "skipped": skipped,
         "skipped_examples": examples,
         "ignored_files": list(source.ignored),
+        "remarks": list(source.remarks),
         "cpu_seconds": round(sum(summary["cpu_seconds"] for summary in summaries), 3),
     }
 
@@ -295,24 +297,50 @@ def _join_rest(job: Job, split: str, count: int, files: list[dict[str, Any]]) ->
     return len(rest) - rows * job.length
 
 
-def _check_not_empty(data: DataConfig, splits: dict[str, Any], examples: list[str]) -> None:
+_NOUNS = {"text": "documents", "chat": "conversations", "multiple_choice": "questions"}
+
+
+def _check_not_empty(data: DataConfig, splits: dict[str, Any], skipped: dict[str, int], examples: list[str]) -> None:
+    lost, advice = _lost(data, splits, skipped)
     if not splits["train"]["documents"] + splits["validation"]["documents"]:
         what = {
             "text": f"document of at least {data.min_characters} characters under {data.field!r}",
-            "chat": f"conversation of at most {data.context + 1} tokens under {data.field!r}",
+            "chat": f"conversation of at most {data.context + 1} tokens under {units.named(units.field_of(data))}",
             "multiple_choice": f"multiple-choice question of at most {data.context + 1} tokens",
         }[data.format]
-        raise InputError(
-            f"data.source = {data.source} holds no {what} ({'; '.join(examples[:3]) or 'it is empty'}): check data.source,"
-            " data.format and data.text_field"
-        )
+        why = "; ".join([lost, *examples[:3]]) if lost else "it is empty"
+        raise InputError(f"data.source = {data.source} holds no {what} ({why}): {advice or 'check data.source'}")
     for split in SPLITS:
         if not splits[split]["records"]:
-            mend = _larger_fraction(data, splits) if split == "validation" else "lower data.validation_fraction"
+            ways = [_larger_fraction(data, splits) if split == "validation" else "lower data.validation_fraction"]
+            ways = [advice, *ways] if advice else [*ways, "lower data.context"]
             raise InputError(
-                f"the {split} split has {splits[split]['tokens']} tokens, less than one record of {data.context + 1}:"
-                f" {mend}, lower data.context, or give more text"
+                f"the {split} split has {splits[split]['tokens']} tokens, less than one record of {data.context + 1}"
+                f"{f' ({lost})' if lost else ''}: {', '.join(ways)}, or give more text"
             )
+
+
+def _lost(data: DataConfig, splits: dict[str, Any], skipped: dict[str, int]) -> tuple[str, str]:
+    """How many rows are left out for what reasons, and what to do about the reason that matters; empty where none does."""
+    counts = {reason: skipped[reason] for reason in REASONS if skipped[reason]}
+    if not counts:
+        return "", ""
+    words = {
+        "near_empty": f"shorter than data.min_characters = {data.min_characters}",
+        "invalid": "invalid",
+        "too_long": f"longer than data.context + 1 = {data.context + 1} tokens",
+    }
+    ways = {
+        "near_empty": "lower data.min_characters",
+        "invalid": "check data.source, data.format and data.text_field",
+        "too_long": "raise data.context",
+    }
+    rows = sum(counts.values()) + sum(splits[split]["documents"] for split in SPLITS)
+    most = max(counts, key=counts.__getitem__)
+    if 2 * counts[most] < rows:  # most rows are used: only a longer context would still help
+        most = "too_long"
+    lost = ", ".join(f"{count:,} {words[reason]}" for reason, count in counts.items())
+    return f"of {rows:,} {_NOUNS[data.format]}, {lost}", ways[most] if most in counts else ""
 
 
 def _larger_fraction(data: DataConfig, splits: dict[str, Any]) -> str:
@@ -345,6 +373,7 @@ def summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
         lines.append(f"left out: {counts} ({'; '.join(manifest['skipped_examples'])})")
     if ignored:
         lines.append(f"ignored: {len(ignored)} files of other kinds ({', '.join(ignored[:_NAMED])})")
+    lines += manifest.get("remarks", [])  # which records of an earlier version do not have
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     lines.append(f"speed: {short(tokens / max(manifest['cpu_seconds'], 1e-9))} tokens/s a core")
     lines.append(f"records: {out}")

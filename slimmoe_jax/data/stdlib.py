@@ -2,7 +2,7 @@
 
 All of it is real English written by people, some 2 MB in docstrings and 11 MB with sources: enough to try every stage of
 training on a machine that has no data and no network. The conversations and questions are drawn from docstrings by fixed
-templates; what is drawn depends on the Python version alone.
+templates; what is drawn depends on the Python version and on the code here alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Part of the sources' fingerprints: raise it with every change to what the functions here return.
+VERSION = 1
 # Not the library itself, or not text that anyone would learn from.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 _ASK = ("What does `{}` do?", "What is `{}` for?", "Explain `{}`.", "Tell me about `{}` of Python's standard library.")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.machinery
 import io
+import itertools
 import json
 import os
 import re
@@ -45,6 +46,22 @@ _SPACE_MARK = "\u2581"
 # tiktoken's regular expressions overflow their stack on runs of a million whitespace characters.
 _LONGEST = 500_000
 _WORD_START = re.compile(r"(?<=\S) ")
+_LONGEST_LINE = 16_384  # bytes of text that SentencePiece takes at once; it drops a longer line
+_UNKNOWN_MARK = "\u2585"  # SentencePiece keeps it for itself, and drops a line with it
+# Texts that a tokenizer must give back as they are, by what is lost where it does not.
+_PROBES = {
+    "line breaks": "a\nb\n\nc\r\nd\n",
+    "tabs": "\ta\tb\t\tc\t",
+    "runs of spaces": "a  b   c",
+    "spaces at the ends": "  a  ",
+    "the character U+2581": f"a{_SPACE_MARK}b {_SPACE_MARK}{_SPACE_MARK}",
+    "the tags of chats": "\n<|system|>\n<|user|>\n<|assistant|>\n",
+    "capital letters": "The END",
+    "emoji": "\U0001f600 \U0001f469\u200d\U0001f4bb",
+    "other characters": "\0"
+    + "".join(map(chr, [*range(0x20, 0x2581), *range(0x2582, 0x3100), *range(0x4E00, 0x4F00), *range(0xF900, 0xFFFE)])),
+}
+_CONTINUED = [("a", " b"), ("Answer:", " ice"), ("<|user|>\n", "ice"), ("\n", "\n<|user|>"), ("a ", "b")]
 
 
 class GPT2:
@@ -109,7 +126,7 @@ def _gpt2_files() -> Path:
 
 
 class SentencePiece:
-    """A SentencePiece model file. `</s>` closes documents. The models of `train_sentencepiece` give any text back unchanged."""
+    """A SentencePiece model file. `</s>` closes documents. Those that `load` admits give any text back unchanged."""
 
     def __init__(self, path: str | Path) -> None:
         import sentencepiece
@@ -145,6 +162,27 @@ class SentencePiece:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
+    def check_lossless(self) -> None:
+        """Tries whether text comes back as it was, alone and behind another text, and never as a control token.
+
+        Raises:
+          InputError: says what is lost.
+        """
+        encoded = {name: self.encode(text) for name, text in _PROBES.items()}
+        lost = [name for name, text in _PROBES.items() if self.decode(encoded[name]) != text]
+        faults = [f"it loses {', '.join(lost)}"] if lost else []
+        if any(self.decode(self.encode(first) + self.encode(second)) != first + second for first, second in _CONTINUED):
+            faults.append("it changes spaces where one text continues another")
+        control = [piece for piece in range(self.vocab_size) if self._processor.is_control(piece)]
+        spelled = self.encode(" ".join(map(self._processor.id_to_piece, control)))
+        if not set(control).isdisjoint(itertools.chain(spelled, *encoded.values())):
+            faults.append("text can spell its control tokens")
+        if faults:
+            raise InputError(
+                f"{self.path} does not keep text as it is ({'; '.join(faults)}): give one that does, such as"
+                " `data.prepare --train-tokenizer N` trains"
+            )
+
 
 _gpt2 = functools.cache(GPT2)
 
@@ -153,7 +191,7 @@ def load(spec: str) -> Tokenizer:
     """The tokenizer of a config: `gpt2`, or the path of a SentencePiece .model.
 
     Raises:
-      InputError: unknown name, missing or unreadable file.
+      InputError: unknown name, missing or unreadable file, or a model that does not keep text as it is.
     """
     if spec == "gpt2":
         return _gpt2()
@@ -161,7 +199,9 @@ def load(spec: str) -> Tokenizer:
         raise InputError(f"data.tokenizer = {spec} is unknown: give gpt2, sentencepiece, or the path of a .model file")
     if not Path(spec).is_file():
         raise InputError(f"data.tokenizer = {spec} does not exist: give the path of a SentencePiece .model file")
-    return SentencePiece(spec)
+    tokenizer = SentencePiece(spec)
+    tokenizer.check_lossless()
+    return tokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
@@ -178,11 +218,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
     failures: list[Exception] = []
 
     def lines() -> Iterator[str]:
-        # SentencePiece trains on sentences and drops long ones: lines are what text naturally offers. The line break
-        # itself is then never seen in training, so it is given as a symbol.
         try:
             for text in texts:
-                yield from (line for line in text.split("\n") if line.strip())
+                yield from _training_lines(text)
         except Exception as error:  # the library would hide it behind its own
             failures.append(error)
 
@@ -192,7 +230,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9995, split_digits=True,
             user_defined_symbols=["\n"], unk_id=0, bos_id=-1, eos_id=1, pad_id=-1,
-            num_threads=1, minloglevel=2, max_sentence_length=16_384,
+            num_threads=1, minloglevel=2, max_sentence_length=_LONGEST_LINE,
         )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip(" .")
@@ -206,6 +244,34 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
     if failures:
         raise failures[0]
     Path(path).write_bytes(model.getvalue())
+
+
+def _training_lines(text: str) -> Iterator[str]:
+    """The parts of a text that SentencePiece is to train on, none of which it drops.
+
+    It trains on sentences; lines are what text naturally offers. The line break itself is then never seen in training, so it is
+    given as a symbol. A text that is not Unicode has no parts: no such row is used.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    for line in text.replace(_UNKNOWN_MARK, "\n").split("\n"):
+        yield from (part for part in _short_parts(line) if part.strip())
+
+
+def _short_parts(line: str) -> Iterator[str]:
+    """Cuts a long line before spaces, or where none is near between any two characters."""
+    data, start = line.encode(), 0
+    while len(data) - start > _LONGEST_LINE:
+        stop = data.rfind(b" ", start + 1, start + _LONGEST_LINE + 1)
+        if stop < 0:
+            stop = start + _LONGEST_LINE
+            while data[stop] & 0xC0 == 0x80:  # within a character
+                stop -= 1
+        yield data[start:stop].decode()
+        start = stop
+    yield data[start:].decode()
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

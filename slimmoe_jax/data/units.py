@@ -22,7 +22,7 @@ from slimmoe_jax.config import DataConfig
 from slimmoe_jax.data import chat, multiple_choice, packing, records, tokenizers
 from slimmoe_jax.data import sources as sources_lib
 from slimmoe_jax.data.chat import Encoded
-from slimmoe_jax.data.sources import Unit
+from slimmoe_jax.data.reading import Field, Unit
 
 SPLITS = ("train", "validation")
 REASONS = ("near_empty", "invalid", "too_long")  # why a row is left out
@@ -83,6 +83,16 @@ def process(job: Job, number: int, unit: Unit) -> dict[str, Any]:
     return summary
 
 
+def field_of(data: DataConfig) -> Field:
+    """The column or key that is read: the one that the config names, and no other, or else the format's own."""
+    return chat.COLUMNS if data.format == "chat" and not data.text_field else data.field
+
+
+def named(field: Field) -> str:
+    """A field in words."""
+    return "the whole row" if field is None else " or ".join(map(repr, (field,) if isinstance(field, str) else field))
+
+
 @functools.cache
 def _loaded(spec: str, fingerprint: str) -> tokenizers.Tokenizer:
     return tokenizers.load(spec)
@@ -91,7 +101,7 @@ def _loaded(spec: str, fingerprint: str) -> tokenizers.Tokenizer:
 def _examples(job: Job, unit: Unit, tokenizer: tokenizers.Tokenizer, summary: dict[str, Any]) -> Iterator[tuple[str, Encoded]]:
     """The split and example of each row that makes one; the others are counted in the summary."""
     encode = {"text": _document, "chat": _conversation, "multiple_choice": _question}[job.data.format]
-    for row, value in sources_lib.rows(unit, job.data.field):
+    for row, value in sources_lib.rows(unit, field_of(job.data)):
         try:
             key, example = encode(value, job, tokenizer)
         except Unused as error:
@@ -108,7 +118,8 @@ def _examples(job: Job, unit: Unit, tokenizer: tokenizers.Tokenizer, summary: di
 def _document(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[bytes, Encoded]:
     """The text of a document and its tokens, all of them to be predicted."""
     if not isinstance(value, str):
-        raise Unused("invalid", f"no text under {job.data.field!r}")
+        found = "" if value is None else f", but {type(value).__name__}"
+        raise Unused("invalid", f"no text under {job.data.field!r}{found}")
     if len(value.strip()) < job.data.min_characters:
         raise Unused("near_empty")
     text = _utf8(value)
@@ -117,6 +128,8 @@ def _document(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[by
 
 
 def _conversation(value: Any, job: Job, tokenizer: tokenizers.Tokenizer) -> tuple[bytes, Encoded]:
+    if value is None:
+        raise Unused("invalid", f"nothing under {named(field_of(job.data))}")
     try:
         turns = chat.turns_of(value)
     except ValueError as error:
