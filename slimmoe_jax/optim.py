@@ -39,7 +39,11 @@ def decay_mask(params: Any) -> Any:
 
 
 def make(config: TrainConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW."""
+    """Global-norm clipping, then AdamW.
+
+    The state is the same tree whatever the config's values, so that a resumed run may change any of them.
+    """
     optim = config.optim
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     adamw = optax.adamw(schedule(config), optim.beta1, optim.beta2, optim.epsilon, weight_decay=optim.weight_decay, mask=decay_mask)
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw) if optim.clip_norm else adamw
+    return optax.chain(clip, adamw)

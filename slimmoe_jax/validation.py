@@ -153,6 +153,12 @@ def _validate_optim(config: TrainConfig) -> None:
             f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of the {schedule_steps} steps of the schedule:"
             " lower it, or raise optim.schedule_steps"
         )
+    decay_steps = round(optim.decay_fraction * schedule_steps)
+    if optim.schedule == "wsd" and optim.warmup_steps + decay_steps > schedule_steps:
+        raise InputError(
+            f"optim.warmup_steps = {optim.warmup_steps} overlaps with the {decay_steps} steps that optim.decay_fraction ="
+            f" {optim.decay_fraction} takes of the schedule's {schedule_steps}: lower one of them, or raise optim.schedule_steps"
+        )
     if config.data.batch_size % optim.accumulate:
         raise InputError(
             f"optim.accumulate = {optim.accumulate} does not divide data.batch_size = {config.data.batch_size}: choose a divisor"
