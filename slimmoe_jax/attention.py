@@ -1,6 +1,6 @@
 """Variable grouped-query attention (VGQA): kv heads by layer, rotary fraction by layer, a cache for decoding.
 
-Axes: B batch, S sequence, L cache length, D model, N query heads, K kv heads, H head dimension, R rotated part of H.
+Axes: B batch, S sequence, L cache length, D model, N query heads, K kv heads, H head dimension, R rotated part of H, M = N H.
 
 Grouped-query attention (Ainslie et al., arXiv 2305.13245) shares each key/value head among N/K query heads; "variable"
 means that K differs by layer, as in DeciLM. Rotary positions (Su et al., arXiv 2104.09864) turn the first R dimensions
@@ -19,6 +19,7 @@ from flax import struct
 from slimmoe_jax import blockwise
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.norm import RMSNorm
+from slimmoe_jax.products import weigh
 
 Kernel = Literal["xla", "cudnn"]
 
@@ -94,7 +95,6 @@ class Attention(nn.Module):
     kv_heads: int
     rotary: float
     kernel: Kernel = "xla"
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -124,9 +124,9 @@ class Attention(nn.Module):
         value = self._weight("value", normal, (c.width, self.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
         out = self._weight("out", residual, (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"))
 
-        q = jnp.einsum("BSD,DNH->BSNH", x, query)
-        k = jnp.einsum("BSD,DKH->BSKH", x, key)
-        v = jnp.einsum("BSD,DKH->BSKH", x, value)
+        q = weigh("BSD,DNH->BSNH", x, query)
+        k = weigh("BSD,DKH->BSKH", x, key)
+        v = weigh("BSD,DKH->BSKH", x, value)
         if c.qk_norm:
             q = RMSNorm(c.norm_epsilon, name="query_norm")(q)
             k = RMSNorm(c.norm_epsilon, name="key_norm")(k)
@@ -143,9 +143,9 @@ class Attention(nn.Module):
         else:
             y = blockwise.causal_attention(q, k, v, mask)
         # One axis is contracted: with two, a CPU copies the weights transposed, in decoding for each token.
-        return y.reshape(*x.shape[:2], -1) @ out.reshape(-1, c.width), (k, v)
+        return weigh("BSM,MD->BSD", y.reshape(*x.shape[:2], -1), out.reshape(-1, c.width)), (k, v)
 
     def _weight(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
     ) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape)

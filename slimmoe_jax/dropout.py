@@ -27,32 +27,48 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.draw()(x)
 
-    def draw(self) -> Callable[[jax.Array], jax.Array]:
-        """A pure function that drops the places of one draw."""
+    def draw(self) -> Callable[..., jax.Array]:
+        """A pure function (x, rows=None) that drops the places of one draw; see `drop`."""
         if not self.train or self.rate == 0:
-            return lambda x: x
+            return lambda x, rows=None: x
         seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        return lambda x: drop(x, seed, self.rate)
+        return lambda x, rows=None: drop(x, seed, self.rate, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def drop(x: jax.Array, seed: jax.Array, rate: float) -> jax.Array:
-    """x with a share `rate` of its values dropped; `seed` is [2] uint32."""
-    return jnp.where(_kept(x.shape, seed, rate), x / (1 - rate), jnp.zeros((), x.dtype))
+def drop(x: jax.Array, seed: jax.Array, rate: float, rows: jax.Array | None = None) -> jax.Array:
+    """x with a share `rate` of its values dropped.
+
+    Args:
+      x: [.., D].
+      seed: [2] uint32.
+      rows: [..] uint32, the numbers by which the hash knows the rows of x; counted from 0 unless given. Rows that are moved, or
+        split over devices, keep what they drop with their numbers.
+    """
+    if rows is None:
+        rows = jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(x.shape[:-1])
+    return _drop(x, seed, rows, rate)
 
 
-def _backward(rate: float, seed: jax.Array, grad: jax.Array) -> tuple[jax.Array, None]:
-    return drop(grad, seed, rate), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _drop(x: jax.Array, seed: jax.Array, rows: jax.Array, rate: float) -> jax.Array:
+    return jnp.where(_kept(x.shape[-1], rows, seed, rate), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-drop.defvjp(lambda x, seed, rate: (drop(x, seed, rate), seed), _backward)
+def _forward(x: jax.Array, seed: jax.Array, rows: jax.Array, rate: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _drop(x, seed, rows, rate), (seed, rows)
 
 
-def _kept(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array:
-    """The mask of a tensor: bool of its shape, True with a probability of 1 - rate."""
-    place = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+def _backward(rate: float, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None, None]:
+    return _drop(grad, *saved, rate), None, None
+
+
+_drop.defvjp(_forward, _backward)
+
+
+def _kept(width: int, rows: jax.Array, seed: jax.Array, rate: float) -> jax.Array:
+    """The mask [.., width] of rows with these numbers, True with a probability of 1 - rate."""
+    lane = jax.lax.broadcasted_iota(jnp.uint32, (*rows.shape, width), rows.ndim)
+    place = rows[..., None] * jnp.uint32(width) + lane
     return _hash(_hash(place ^ seed[0]) + seed[1]) >= jnp.uint32(round(rate * 2**32))
 
 

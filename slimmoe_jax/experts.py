@@ -4,10 +4,14 @@ Axes: B batch, S sequence, D model, E experts, F expert hidden, K most experts a
 P = S K (token, choice) pairs, M rows of the expert buffer, R rows that an expert computes: B C, or B S in `dense`.
 
 - `dense`: every expert computes every token; unchosen results have gate 0. The oracle, and exact at any batch size.
-- `capacity`: each expert takes at most C tokens of a sequence, earlier tokens first, so that shapes are static and no token
-  depends on a later one. A choice that finds its expert full is dropped: the token keeps its residual, and the drop is counted.
+- `capacity`: each expert takes at most C tokens of a sequence, earlier tokens first, so that shapes are static. Where a sequence
+  has segments, each has a share of the C slots by its length, so that no segment's choices depend on another's. A choice that
+  finds its expert full is dropped: the token keeps its residual, and the drop is counted.
 - `ragged`: pairs sorted by expert, grouped matrix products over groups of any length; nothing is dropped.
 - `grouped`: the same with this package's own products for GPUs, for a mesh of one device.
+
+All four compute the same where nothing is dropped, dropout included: what is dropped of a hidden activation depends on its token
+and expert, not on the row that it stands in.
 
 Rows move only by gathers. The gradient of a gather is a scatter, which is slow where rows collide; here the inverse
 index is known, so the gradient is written as a gather as well.
@@ -23,18 +27,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from slimmoe_jax import row_blocks
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.grouped import grouped_dot
+from slimmoe_jax.products import weigh
 
 BY_SEQUENCE = ("batch", None, None, None)  # of [B, E, C, D]
 BY_EXPERT = ("expert", "group", None, None)  # of [E, B, C, D]
 
 Dispatch = Literal["dense", "capacity", "ragged", "grouped"]
-Elementwise = Callable[[jax.Array], jax.Array]
+HiddenDropout = Callable[[jax.Array, jax.Array], jax.Array]  # of hidden activations [.., F] and their rows' numbers [..] uint32
+GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # rows [M, D], weights [E, D, F], group sizes [E]
 
 
 class ExpertWeights(NamedTuple):
-    """The feed-forward weights of all experts; `gate` is None where the hidden layer is not gated."""
+    """The feed-forward weights of all experts, float32; `gate` is None where the hidden layer is not gated."""
 
     up: jax.Array  # [E, D, F]
     down: jax.Array  # [E, F, D]
@@ -50,17 +57,21 @@ class Plan(NamedTuple):
 
 
 def resolve_dispatch(config: ModelConfig, train: bool) -> Dispatch:
-    """The dispatch that is meant. Outside training nothing may be dropped, so `capacity` gives way to `dense`.
+    """Resolves `auto` to a concrete dispatch, and gives way where the one asked for cannot run.
 
-    `grouped` gives way to `ragged`, which computes the same, outside training where its kernels would be interpreted or
-    the mesh in use has several devices: the partitioner cannot split a kernel, each device would compute the whole batch.
+    `auto` trains dropless (`ragged`) on a CPU, where that costs no more than `capacity` does (docs/performance.md), and with
+    `capacity` elsewhere, where no dropless dispatch has been timed. Outside training nothing is ever dropped: `auto` and `capacity`
+    become `dense`. There `grouped` becomes `ragged`, which computes the same, where its kernels would be interpreted or the mesh
+    in use has several devices: the partitioner cannot split a kernel, each device would compute the whole batch.
 
     Raises:
       InputError: training with `grouped` under a mesh of several devices.
     """
     if not config.is_moe:
         return "dense"
-    method = "capacity" if config.dispatch == "auto" else config.dispatch
+    method = config.dispatch
+    if method == "auto":
+        method = "ragged" if train and jax.default_backend() == "cpu" else "capacity"
     if method == "grouped":
         devices = jax.sharding.get_abstract_mesh().size
         if train and devices > 1:
@@ -83,7 +94,8 @@ def apply_experts(
     *,
     method: Dispatch,
     config: ModelConfig,
-    dropout: Elementwise = lambda h: h,
+    segments: jax.Array | None = None,
+    dropout: HiddenDropout = lambda hidden, rows: hidden,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends each token through its experts and sums their outputs by gate.
 
@@ -91,50 +103,60 @@ def apply_experts(
       x: [B, S, D].
       gates: [B, S, E] float32.
       mask: [B, S, E] bool, at most `config.router.max_experts` True a token.
-      dropout: applied to the experts' hidden activations.
+      segments: [B, S] int32; `capacity` shares its slots among the segments of a sequence, each a run of equal numbers.
+      dropout: applied to the experts' hidden activations. The row of token t (counted over the batch) and expert e is t E + e.
     Returns: [B, S, D], and the choices [B, S, E] that were dropped for want of a slot.
     """
     if method == "dense":
         return _dense(x, gates, weights, dropout), jnp.zeros_like(mask)
     if method == "capacity":
-        return _capacity(x, gates, mask, weights, config, dropout)
-    product = grouped_dot if method == "grouped" else jax.lax.ragged_dot
-    return _ragged(x, gates, mask, weights, config, dropout, product), jnp.zeros_like(mask)
+        return _capacity(x, gates, mask, weights, config, segments, dropout)
+    return _on_each_device(_grouped(method, config, dropout), x, gates, mask, weights), jnp.zeros_like(mask)
 
 
-def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Elementwise) -> jax.Array:
-    # Experts are a batch axis, since a CPU would else transpose all weights, in decoding for each token. Rows are one axis, since a
-    # gradient that contracts two costs it a transposed copy of the hidden layer.
+def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: HiddenDropout) -> jax.Array:
+    # Experts are a batch axis, since a CPU would otherwise transpose all weights, in decoding for each token. Rows are one axis,
+    # since a gradient that contracts two costs it a transposed copy of the hidden layer.
     experts, width = weights.up.shape[:2]
     rows = jnp.broadcast_to(x.reshape(-1, width), (experts, x.size // width, width))
+    numbers = _numbers(jnp.arange(rows.shape[1], dtype=jnp.uint32)[None, :], jnp.arange(experts)[:, None], experts)
     of_row = gates.reshape(-1, experts).T[..., None].astype(x.dtype)
 
     def down(hidden: jax.Array, gate: jax.Array | None, of_row: jax.Array) -> jax.Array:
         # Weighting the hidden layer instead of the output spares an array [E, R, D].
-        return jnp.einsum("ERF,EFD->RD", dropout(_activate(hidden, gate)) * of_row, weights.down)
+        return weigh("ERF,EFD->RD", dropout(_activate(hidden, gate), numbers) * of_row, weights.down)
 
-    hidden = jnp.einsum("ERD,EDF->ERF", rows, weights.up)
-    gate = None if weights.gate is None else jnp.einsum("ERD,EDF->ERF", rows, weights.gate)
+    hidden = weigh("ERD,EDF->ERF", rows, weights.up)
+    gate = None if weights.gate is None else weigh("ERD,EDF->ERF", rows, weights.gate)
     return _lean(down)(hidden, gate, of_row).reshape(x.shape)
 
 
 def _capacity(
-    x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights, config: ModelConfig, dropout: Elementwise
+    x: jax.Array,
+    gates: jax.Array,
+    mask: jax.Array,
+    weights: ExpertWeights,
+    config: ModelConfig,
+    segments: jax.Array | None,
+    dropout: HiddenDropout,
 ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x.shape
     experts, slots = config.experts, capacity(config, length)
     choices = _choices(mask, config.router.max_experts)
-    plan = jax.vmap(lambda c: _plan(c, slots))(choices)
+    plan = jax.vmap(lambda c, s: _slotted_plan(c, slots, s))(choices, segments)
+    token = plan.pair_of_slot // choices.shape[-1] + length * jnp.arange(batch)[:, None]
+    token = token.reshape(batch, experts, slots).swapaxes(0, 1).reshape(experts, batch * slots)
+    numbers = _numbers(token, jnp.arange(experts)[:, None], experts)
 
     def up(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = jax.vmap(_rows_of_tokens)(x, plan).reshape(batch, experts, slots, width)
         rows = _exchange(rows, BY_SEQUENCE, BY_EXPERT)
         # One axis of rows: on a CPU, a gradient that contracts two costs a transposed copy of the hidden layer.
-        hidden = jnp.einsum("ERD,EDF->ERF", rows.reshape(experts, batch * slots, width), weight)
+        hidden = weigh("ERD,EDF->ERF", rows.reshape(experts, batch * slots, width), weight)
         return nn.with_logical_constraint(hidden, ("expert", "group", None))
 
     def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-        out = jnp.einsum("ERF,EFD->ERD", dropout(_activate(hidden, gate)), weights.down)
+        out = weigh("ERF,EFD->ERD", dropout(_activate(hidden, gate), numbers), weights.down)
         return out.reshape(experts, batch, slots, width)
 
     hidden = _lean(up)(x, weights.up)
@@ -154,29 +176,68 @@ def _exchange(rows: jax.Array, now: tuple[str | None, ...], then: tuple[str | No
     return nn.with_logical_constraint(rows.swapaxes(0, 1), then)
 
 
-def _ragged(
-    x: jax.Array,
-    gates: jax.Array,
-    mask: jax.Array,
-    weights: ExpertWeights,
-    config: ModelConfig,
-    dropout: Elementwise,
-    product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+def _grouped(method: Dispatch, config: ModelConfig, dropout: HiddenDropout) -> Callable[..., jax.Array]:
+    """The dispatch by pairs sorted by expert, as a function of arrays alone."""
+    product, spare = _grouped_product(method)
+
+    def apply(x: jax.Array, gates: jax.Array, mask: jax.Array, first_token: jax.Array, weights: ExpertWeights) -> jax.Array:
+        batch, length, _ = x.shape
+        choices = _choices(mask, config.router.max_experts)
+        tokens = (batch * length, -1)
+        plan = _packed_plan(choices.reshape(batch * length, *choices.shape[2:]), spare)
+        token = plan.pair_of_slot // choices.shape[-1] + first_token
+        ends = jnp.cumsum(plan.group_sizes)
+        expert = jnp.sum(jnp.arange(token.size)[:, None] >= ends[None, :], axis=-1)
+        numbers = _numbers(token, expert, config.experts)
+
+        def up(x: jax.Array, weight: jax.Array) -> jax.Array:
+            return product(_rows_of_tokens(x.reshape(tokens), plan), weight, plan.group_sizes)
+
+        def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
+            return product(dropout(_activate(hidden, gate), numbers), weights.down, plan.group_sizes)
+
+        hidden = _lean(up)(x, weights.up)
+        out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
+        return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, x.shape[-1]), _gate_of_choice(gates, choices))
+
+    return apply
+
+
+def _grouped_product(method: Dispatch) -> tuple[GroupedProduct, int]:
+    """The grouped product of a dispatch on this machine, and how many rows of no group it wants after the last group."""
+    if method == "grouped":
+        return lambda rows, weights, sizes: grouped_dot(rows, weights.astype(rows.dtype), sizes), 0
+    if jax.default_backend() == "cpu":  # where XLA's own takes several times as long
+        return row_blocks.blocked_dot, row_blocks.BLOCK
+    return lambda rows, weights, sizes: jax.lax.ragged_dot(rows, weights.astype(rows.dtype), sizes), 0
+
+
+def _on_each_device(
+    apply: Callable[..., jax.Array], x: jax.Array, gates: jax.Array, mask: jax.Array, weights: ExpertWeights
 ) -> jax.Array:
-    batch, length, width = x.shape
-    choices = _choices(mask, config.router.max_experts)
-    tokens = (batch * length, -1)
-    plan = _plan(choices.reshape(batch * length, *choices.shape[2:]), slots=None)
+    """Runs `apply(x, gates, mask, number of the first token, weights)` on each device for its own sequences, with all weights.
 
-    def up(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return product(_rows_of_tokens(x.reshape(tokens), plan), weight, plan.group_sizes)
+    The partitioner cannot split a sort of all tokens. Gathering the weights of a layer moves no more than exchanging rows would
+    where experts are small beside the batch, as here.
+    """
+    devices = jax.sharding.get_abstract_mesh().size
+    batch, length = x.shape[:2]
+    if devices <= 1 or batch % devices:
+        return apply(x, gates, mask, 0, weights)
+    first_token = jnp.arange(devices) * (batch // devices * length)
+    rows, whole = nn.logical_to_mesh_axes(("batch",)), nn.logical_to_mesh_axes(())
+    each = jax.shard_map(
+        lambda x, gates, mask, first, weights: apply(x, gates, mask, first[0], weights),
+        in_specs=(rows, rows, rows, rows, whole),
+        out_specs=rows,
+        check_vma=False,  # the products' gradients are of a device's own rows; the transpose of `whole` adds them up
+    )
+    return each(x, gates, mask, first_token, weights)
 
-    def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-        return product(dropout(_activate(hidden, gate)), weights.down, plan.group_sizes)
 
-    hidden = _lean(up)(x, weights.up)
-    out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
-    return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), _gate_of_choice(gates, choices))
+def _numbers(token: jax.Array, expert: jax.Array, experts: int) -> jax.Array:
+    """The numbers uint32 by which dropout knows rows: of a token and an expert, whatever the dispatch and the mesh."""
+    return token.astype(jnp.uint32) * jnp.uint32(experts) + expert.astype(jnp.uint32)
 
 
 def _lean(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -221,28 +282,47 @@ def _gate_of_choice(gates: jax.Array, choices: jax.Array) -> jax.Array:
     return jnp.einsum("...E,...EK->...K", gates, choices.astype(gates.dtype))
 
 
-def _plan(choices: jax.Array, slots: int | None) -> Plan:
-    """Gives pairs slots, expert by expert, in token order within each.
-
-    Args:
-      choices: [S, E, K] bool, of each token.
-      slots: C, an expert's places; None packs the experts' pairs one after another without gaps.
-    """
-    length, experts, most = choices.shape
+def _packed_plan(choices: jax.Array, spare: int) -> Plan:
+    """Gives the pairs of choices [S, E, K] slots without gaps, expert by expert, in token order within each, and `spare` more."""
     mask = choices.any(axis=-1)
-    rank = jnp.cumsum(mask, axis=0) - 1  # [S, E] place within the expert
     group_sizes = mask.sum(axis=0)
-    if slots is None:
-        first, total = jnp.cumsum(group_sizes) - group_sizes, length * most
-    else:
-        first, total = jnp.arange(experts) * slots, experts * slots
-        mask &= rank < slots
-    slot = jnp.where(mask, first[None, :] + rank, total)
-    slot_of_pair = jnp.where(choices, slot[..., None], total).min(axis=1)
-    pair_of_slot = jnp.full(total, length * most).at[slot_of_pair.reshape(-1)].set(
-        jnp.arange(length * most), mode="drop", unique_indices=True
-    )  # fmt: skip
-    return Plan(slot_of_pair, pair_of_slot, group_sizes)
+    first = jnp.cumsum(group_sizes) - group_sizes
+    slot = first[None, :] + jnp.cumsum(mask, axis=0) - 1
+    return _plan(choices, mask, slot, choices.shape[0] * choices.shape[2] + spare)
+
+
+def _slotted_plan(choices: jax.Array, slots: int, segments: jax.Array | None) -> Plan:
+    """Gives the pairs of choices [S, E, K] slots among each expert's `slots`, in token order, as long as there are any.
+
+    A segment of `segments` [S] has the slots that its places in the sequence are worth, whatever the other segments ask for.
+    """
+    length, experts, _ = choices.shape
+    mask = choices.any(axis=-1)
+    before = jnp.cumsum(mask, axis=0) - mask  # [S, E] choices of the same expert by earlier tokens
+    slot = jnp.arange(experts)[None, :] * slots
+    if segments is None:
+        return _plan(choices, mask & (before < slots), slot + before, experts * slots)
+    start, end = _bounds(segments)
+    before -= jnp.take(before, start, axis=0)
+    first, after = ((slots * place // length)[:, None] for place in (start, end))
+    return _plan(choices, mask & (before < after - first), slot + first + before, experts * slots)
+
+
+def _bounds(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each place the first place of its segment, and the one after the last, each [S]."""
+    place = jnp.arange(segments.size)
+    new = jnp.pad(segments[1:] != segments[:-1], (1, 0), constant_values=True)
+    last = jnp.pad(new[1:], (0, 1), constant_values=True)
+    start = jax.lax.cummax(jnp.where(new, place, 0))
+    return start, jax.lax.cummin(jnp.where(last, place + 1, segments.size), reverse=True)
+
+
+def _plan(choices: jax.Array, taken: jax.Array, slot: jax.Array, total: int) -> Plan:
+    """The plan that gives the pair of a token and an expert the slot `slot` [S, E] below `total` where `taken` [S, E]."""
+    pairs = choices.shape[0] * choices.shape[2]
+    slot_of_pair = jnp.where(choices, jnp.where(taken, slot, total)[..., None], total).min(axis=1)
+    pair_of_slot = jnp.full(total, pairs).at[slot_of_pair.reshape(-1)].set(jnp.arange(pairs), mode="drop", unique_indices=True)
+    return Plan(slot_of_pair, pair_of_slot, choices.any(axis=-1).sum(axis=0))
 
 
 def _read(rows: jax.Array, index: jax.Array) -> jax.Array:

@@ -101,9 +101,11 @@ def by_token(out: Output, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     token is wanted from the same logits as well. S is a multiple of WIDTH_MULTIPLE.
     """
 
+    head = out.head.astype(out.hidden.dtype)
+
     def tile(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, wanted = xs
-        logits = jnp.einsum("BSD,DV->BSV", hidden, out.head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BSD,DV->BSV", hidden, head, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == wanted
 

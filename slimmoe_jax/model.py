@@ -30,14 +30,15 @@ class Output(struct.PyTreeNode):
     """What the model returns. Logits are left to the caller, since training never holds them all."""
 
     hidden: jax.Array  # [B, S, D] after the last norm
-    head: jax.Array  # [D, V]
+    head: jax.Array  # [D, V] float32; logits are formed in the type of `hidden`
     stats: RoutingStats | None  # stacked [N, ...]; None for a dense model
     chosen: jax.Array | None  # [N, B, S, E] bool, the experts of each token; None for a dense model
     cache: KVCache | None
 
     def logits(self) -> jax.Array:
         """[B, S, V] float32."""
-        return jnp.einsum("BSD,DV->BSV", self.hidden, self.head, preferred_element_type=jnp.float32)
+        head = self.head.astype(self.hidden.dtype)
+        return jnp.einsum("BSD,DV->BSV", self.hidden, head, preferred_element_type=jnp.float32)
 
 
 class FeedForward(nn.Module):
@@ -45,12 +46,11 @@ class FeedForward(nn.Module):
 
     config: ModelConfig
     method: experts.Dispatch
-    dtype: jnp.dtype = jnp.float32
     route: Callable[..., Routing] = routing.route
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, threshold: jax.Array, bias: jax.Array, valid: jax.Array | None, train: bool
+        self, x: jax.Array, threshold: jax.Array, bias: jax.Array, segments: jax.Array | None, valid: jax.Array | None, train: bool
     ) -> tuple[jax.Array, RoutingStats | None, jax.Array | None]:
         """[B, S, D] -> [B, S, D], the layer's routing statistics, and who was chosen, [B, S, E]."""
         c = self.config
@@ -65,11 +65,13 @@ class FeedForward(nn.Module):
         else:
             gates, mask = jnp.ones((*x.shape[:2], 1), jnp.float32), jnp.ones((*x.shape[:2], 1), bool)
         dropout = Dropout(c.dropout, train).draw()
-        y, dropped = experts.apply_experts(x, gates, mask, self._weights(), method=self.method, config=c, dropout=dropout)
+        sent = mask if valid is None else mask & valid[..., None]  # padding takes no slot and no time
+        y, dropped = experts.apply_experts(
+            x, gates, sent, self._weights(), method=self.method, config=c, segments=segments, dropout=dropout
+        )
         if not c.is_moe:
             return y, None, None
-        counted = dropped if valid is None else dropped & valid[..., None]
-        return y, routed.stats.replace(dropped=counted.sum(dtype=jnp.float32)), mask
+        return y, routed.stats.replace(choices=routing.by_quarter(sent), dropped=routing.by_quarter(dropped)), mask
 
     def _weights(self) -> ExpertWeights:
         c = self.config
@@ -77,7 +79,7 @@ class FeedForward(nn.Module):
         residual = nn.initializers.normal(c.init_std / (2 * c.layers) ** 0.5)
 
         def weight(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(self.dtype)
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
         into, out_of = (c.experts, c.width, c.expert_hidden), (c.experts, c.expert_hidden, c.width)
         return ExpertWeights(
@@ -94,24 +96,23 @@ class Block(nn.Module):
     layer: int
     kernel: attention.Kernel
     method: experts.Dispatch
-    dtype: jnp.dtype
     train: bool
     attention_type: type[attention.Attention]
     route: Callable[..., Routing]
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, state: RouterState, positions: jax.Array, mask: jax.Array | None, valid: jax.Array | None,
-        cached: tuple[jax.Array, jax.Array] | None, start: jax.Array | int,
+        self, x: jax.Array, state: RouterState, positions: jax.Array, mask: jax.Array | None, segments: jax.Array | None,
+        valid: jax.Array | None, cached: tuple[jax.Array, jax.Array] | None, start: jax.Array | int,
     ) -> tuple[jax.Array, RoutingStats | None, jax.Array | None, tuple[jax.Array, jax.Array]]:  # fmt: skip
         c = self.config
         dropout = Dropout(c.dropout, self.train)
         y, keys_values = self.attention_type(
-            c, c.layer_kv_heads[self.layer], c.layer_rotary[self.layer], self.kernel, self.dtype, name="attention"
+            c, c.layer_kv_heads[self.layer], c.layer_rotary[self.layer], self.kernel, name="attention"
         )(RMSNorm(c.norm_epsilon, name="attention_norm")(x), positions, mask, cached, start)
         x = x + dropout(y)
-        y, stats, chosen = FeedForward(c, self.method, self.dtype, self.route, name="experts")(
-            RMSNorm(c.norm_epsilon, name="experts_norm")(x), state.threshold, state.bias[self.layer], valid, self.train
+        y, stats, chosen = FeedForward(c, self.method, self.route, name="experts")(
+            RMSNorm(c.norm_epsilon, name="experts_norm")(x), state.threshold, state.bias[self.layer], segments, valid, self.train
         )
         return nn.with_logical_constraint(x + dropout(y), ("batch", None, None)), stats, chosen, keys_values
 
@@ -167,7 +168,7 @@ class SlimMoE(nn.Module):
             positions = jnp.broadcast_to(positions, tokens.shape)
         mask, cache = _attention_mask(positions, segments, cache)
 
-        x = lookup(embedding.astype(self.dtype), tokens)
+        x = lookup(embedding, tokens).astype(self.dtype)  # in this order, so that the gradient is summed in float32
         x = Dropout(c.dropout, train)(nn.with_logical_constraint(x, ("batch", None, None)))
         block = nn.remat(Block) if self.remat and train else Block
         kernel = attention.resolve_kernel(c, self.dtype)
@@ -176,9 +177,9 @@ class SlimMoE(nn.Module):
         for layer in range(c.layers):
             cached = None if cache is None else (cache.keys[layer], cache.values[layer])
             start = 0 if cache is None else cache.length
-            parts = (kernel, method, self.dtype, train, self.attention_type, self.route)
+            parts = (kernel, method, train, self.attention_type, self.route)
             x, stats, chosen, (k, v) = block(c, layer, *parts, name=f"layer_{layer}")(
-                x, state, jnp.maximum(positions, 0), mask, valid, cached, start
+                x, state, jnp.maximum(positions, 0), mask, segments, valid, cached, start
             )
             all_stats.append(stats)
             all_chosen.append(chosen)
@@ -188,7 +189,7 @@ class SlimMoE(nn.Module):
             cache = cache.replace(keys=tuple(keys), values=tuple(values), length=cache.length + tokens.shape[1])
         return Output(
             hidden=RMSNorm(c.norm_epsilon, name="final_norm")(x),
-            head=head.astype(self.dtype),
+            head=head,
             stats=jax.tree.map(lambda *layers: jnp.stack(layers), *all_stats) if c.is_moe else None,
             chosen=jnp.stack(all_chosen) if c.is_moe else None,
             cache=cache,

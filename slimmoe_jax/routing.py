@@ -24,6 +24,7 @@ DEAD_BELOW = 0.01
 # The ReLU router's L1 weight goes no lower. It does nothing there already; a target that is not reached for hundreds of steps would
 # otherwise take it to where as many are needed to come back, and in the end to 0, from where no factor leads.
 L1_LEAST = 1e-12
+QUARTERS = 4  # parts of a sequence by which drops are counted: where capacity is short they grow with the position
 
 
 class RouterState(struct.PyTreeNode):
@@ -53,7 +54,8 @@ class RoutingStats(struct.PyTreeNode):
     z_sum: jax.Array  # [] sum of logsumexp(logits)^2
     entropy_sum: jax.Array  # [] sum of the router distribution's entropy, nats
     histogram: jax.Array  # [K + 1] tokens by number of experts chosen
-    dropped: jax.Array  # [] choices that found their expert full
+    choices: jax.Array  # [4] choices of experts by quarter of the sequence
+    dropped: jax.Array  # [4] those of them that found their expert full
     logit_max: jax.Array  # [] largest absolute router logit; a maximum, not a sum
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
@@ -132,9 +134,17 @@ def _stats(logits: jax.Array, scores: jax.Array, mask: jax.Array, config: Router
         z_sum=jnp.sum(z * weight),
         entropy_sum=jnp.sum(entropy * weight),
         histogram=jnp.sum(bins * weight[..., None], axis=tokens),
-        dropped=jnp.float32(0),
+        choices=jnp.zeros(QUARTERS),
+        dropped=jnp.zeros(QUARTERS),
         logit_max=jnp.max(jnp.where(valid[..., None], jnp.abs(logits), 0.0)),
     )
+
+
+def by_quarter(choices: jax.Array) -> jax.Array:
+    """[B, S, E] bool -> [4] float32, how many are True in each quarter of the sequence."""
+    by_place = choices.sum(axis=(0, 2), dtype=jnp.float32)
+    quarter = jnp.arange(by_place.size) * QUARTERS // by_place.size
+    return jax.nn.one_hot(quarter, QUARTERS, axis=0) @ by_place
 
 
 def update(state: RouterState, stats: RoutingStats, config: RouterConfig) -> RouterState:
@@ -161,7 +171,7 @@ def _control_threshold(state: RouterState, error: jax.Array, config: RouterConfi
 
 
 def metrics(stats: RoutingStats) -> dict[str, jax.Array]:
-    """What to watch, by layer, from stacked statistics. Each [N], except load [N, E] and histogram [N, K + 1]."""
+    """What to watch, by layer, from stacked statistics. Each [N], except load [N, E], histogram [N, K + 1] and quarters [N, 4]."""
     experts = stats.counts.shape[-1]
     chosen = jnp.maximum(stats.counts.sum(axis=-1), 1)
     tokens = jnp.maximum(stats.tokens, 1)
@@ -170,7 +180,8 @@ def metrics(stats: RoutingStats) -> dict[str, jax.Array]:
         "load": load,
         "load_entropy": -jnp.sum(jax.scipy.special.xlogy(load, load), axis=-1) / jnp.log(experts),
         "max_violation": experts * load.max(axis=-1) - 1,
-        "dropped": stats.dropped / chosen,
+        "dropped": stats.dropped.sum(axis=-1) / chosen,
+        "dropped_by_quarter": stats.dropped / jnp.maximum(stats.choices, 1),
         "experts_per_token": stats.counts.sum(axis=-1) / tokens,
         "experts_histogram": stats.histogram / tokens[..., None],
         "router_entropy": stats.entropy_sum / tokens,

@@ -240,7 +240,7 @@ def stats(counts, tokens):
     zeros = np.zeros(len(counts), np.float32)
     return RoutingStats(
         np.full(len(counts), tokens, np.float32), np.array(counts, np.float32), np.zeros_like(counts, np.float32),
-        zeros, zeros, np.zeros((len(counts), 3), np.float32), zeros, zeros,
+        zeros, zeros, np.zeros((len(counts), 3), np.float32), zeros, zeros, zeros,
     )  # fmt: skip
 
 

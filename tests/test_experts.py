@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slimmoe_jax import experts, routing
+from slimmoe_jax import dropout, experts, routing, sharding
 from slimmoe_jax.config import ModelConfig, RouterConfig
 from slimmoe_jax.experts import ExpertWeights
 
@@ -147,6 +147,90 @@ def test_drops_are_causal_and_stay_in_their_sequence():
     np.testing.assert_array_equal(other_dropped[0, :20], dropped[0, :20])
 
 
+def test_no_choice_of_a_segment_depends_on_another_segment():
+    """Two packed examples: whatever the first one asks for, the second keeps its slots, bit for bit the same output."""
+    config = make_config("top_p", capacity_factor=0.3)
+    x, router, weights = make_inputs(gated=False, length=32)
+    segments = np.repeat([[1] * 20 + [2] * 12], 2, axis=0)
+
+    @jax.jit
+    def apply(x):
+        return experts.apply_experts(x, *route(x, router, config), weights, method="capacity", config=config, segments=segments)
+
+    y, dropped = apply(x)
+    changed = x.copy()
+    changed[:, :20] = changed[:, :1]  # all of it wants the same experts
+    other, other_dropped = apply(changed)
+    assert dropped[:, 20:].any() and (other_dropped[:, :20] != dropped[:, :20]).any()
+    np.testing.assert_array_equal(other[:, 20:], y[:, 20:])
+    np.testing.assert_array_equal(other_dropped[:, 20:], dropped[:, 20:])
+
+
+@pytest.mark.parametrize("lengths", [[32], [1, 31], [20, 12], [5, 9, 1, 17], [8] * 4, [1] * 32])
+def test_a_segment_has_the_slots_that_its_places_are_worth(lengths):
+    """By hand: of C slots, segment [a, b) of S places has those from floor(C a / S) to floor(C b / S), earlier tokens first."""
+    config = make_config("top_k", capacity_factor=0.5)
+    x, router, weights = make_inputs(gated=False, length=32)
+    segments = np.repeat(np.arange(len(lengths)), lengths)
+    gates, mask = route(x, router, config)
+    dropped = experts.apply_experts(
+        x, gates, mask, weights, method="capacity", config=config, segments=jnp.asarray(np.stack([segments] * 2))
+    )[1]  # fmt: skip
+    slots, expected, start = experts.capacity(config, 32), np.zeros(mask.shape, bool), 0
+    for length in lengths:
+        end = start + length
+        room = slots * end // 32 - slots * start // 32
+        asked = np.cumsum(mask[:, start:end], axis=1)
+        expected[:, start:end] = np.asarray(mask[:, start:end]) & (asked > room)
+        start = end
+    np.testing.assert_array_equal(dropped, expected)
+    assert expected.any()
+
+
+def test_dispatches_drop_the_same_hidden_activations():
+    """A token and an expert decide what dropout takes, not the row that a dispatch gives them: outputs and gradients agree."""
+    config, seed = make_config("top_p"), jnp.array([1, 2], jnp.uint32)
+    x, router, weights = make_inputs(gated=True)
+
+    def run(method, rate):
+        def moe(*a):
+            drop = lambda hidden, rows: dropout.drop(hidden, seed, rate, rows)  # noqa: E731
+            return experts.apply_experts(*a, method=method, config=config, dropout=drop)
+
+        grads, (y, _) = jax.jit(lambda *a: outputs_and_gradients(*a, config, moe))(x, router, weights)
+        return grads, y
+
+    grads, y = run("dense", 0.3)
+    assert jnp.abs(y - run("dense", 0.0)[1]).max() > 0.1
+    for method in ("capacity", "ragged", "grouped"):
+        got_grads, got = run(method, 0.3)
+        np.testing.assert_allclose(got, y, atol=1e-5, rtol=1e-5, err_msg=method)
+        assert_trees_close(got_grads, grads, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("method", ["ragged", "capacity"])
+def test_devices_compute_what_one_computes(method, mesh):
+    """Sequences split over eight devices, with dropout: outputs and gradients of one device; `ragged` gathers no row."""
+    config, seed = make_config("top_p"), jnp.array([1, 2], jnp.uint32)
+    x, router, weights = make_inputs(gated=False, batch=8)
+
+    def moe(*a):
+        drop = lambda hidden, rows: dropout.drop(hidden, seed, 0.3, rows)  # noqa: E731
+        return experts.apply_experts(*a, method=method, config=config, dropout=drop)
+
+    def run(*a):
+        grads, (y, _) = outputs_and_gradients(*a, config, moe)
+        return grads, y
+
+    one = jax.jit(run)(x, router, weights)
+    devices = jax.make_mesh(mesh, ("data", "fsdp", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with sharding.use(devices):
+        rows = jax.device_put(x, sharding.batch_sharding(devices))
+        several = jax.jit(run)(rows, router, weights)
+    assert_trees_close(several, one, atol=2e-5)
+
+
 @pytest.mark.parametrize("method", ["capacity", "ragged", "grouped"])
 def test_rows_move_without_scatter(method):
     """Neither pass scatters floats: a plain indexed read, whose gradient does, is noticed by the same search."""
@@ -171,8 +255,9 @@ def test_dropout_acts_on_hidden_activations(method):
     x, router, weights = jax.tree.map(jnp.asarray, make_inputs(gated=False))
     shapes = []
 
-    def double(hidden):
+    def double(hidden, rows):
         shapes.append(hidden.shape)
+        assert rows.shape == hidden.shape[:-1] or rows.shape[0] in (1, hidden.shape[0])
         return 2 * hidden
 
     def apply(**options):
@@ -193,15 +278,20 @@ def test_capacity_rounds_up_to_eights():
 
 @pytest.mark.parametrize(
     ("dispatch", "training", "otherwise"),
-    [("auto", "capacity", "dense"), ("capacity", "capacity", "dense"), ("dense", "dense", "dense"), ("ragged",) * 3]
+    [("auto", "ragged", "dense"), ("capacity", "capacity", "dense"), ("dense", "dense", "dense"), ("ragged",) * 3]
     + [("grouped", "grouped", "ragged")],  # which would be interpreted here
 )
 def test_nothing_is_dropped_outside_training(dispatch, training, otherwise):
-    """Only training uses slots; a dense model has nothing to dispatch."""
+    """Only training uses slots, and on a CPU only where it is asked to; a dense model has nothing to dispatch."""
     config = dataclasses.replace(make_config("top_k"), dispatch=dispatch)
     assert experts.resolve_dispatch(config, train=True) == training
     assert experts.resolve_dispatch(config, train=False) == otherwise
     assert experts.resolve_dispatch(dataclasses.replace(config, experts=1), train=True) == "dense"
+
+
+def test_auto_keeps_slots_where_no_dropless_dispatch_has_been_timed(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert experts.resolve_dispatch(make_config("top_k"), train=True) == "capacity"
 
 
 def test_bfloat16_stays_close():

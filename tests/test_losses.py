@@ -122,7 +122,7 @@ def make_stats():
         counts=np.float32([[5, 5, 5, 5], [10, 10, 0, 0]]),
         score_sum=np.float32([[2.5, 2.5, 2.5, 2.5], [6, 3, 0.5, 0.5]]),
         z_sum=np.float32([40, 20]),
-        entropy_sum=zeros, histogram=np.zeros((2, 3), np.float32), dropped=zeros, logit_max=zeros,
+        entropy_sum=zeros, histogram=np.zeros((2, 3), np.float32), choices=zeros, dropped=zeros, logit_max=zeros,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def random_logits(shape=(3, 8, E), spread=1.5, seed=0):
 def make_stats(layers, **fields):
     """Stacked statistics, 1 where not given."""
     given = {name: np.asarray(value, np.float32) for name, value in fields.items()}
-    return RoutingStats(*[np.ones(layers, np.float32)] * 8).replace(**given)
+    return RoutingStats(*[np.ones(layers, np.float32)] * 9).replace(**given)
 
 
 def stack_one(stats):
@@ -298,7 +298,8 @@ def test_metrics_at_their_extremes():
         counts=[[50] * 4, [100, 0, 0, 0]],
         entropy_sum=[100 * np.log(4), 0],
         histogram=[[0, 0, 100], [0, 100, 0]],
-        dropped=[20, 0],
+        choices=[[50] * 4, [40, 60, 0, 0]],
+        dropped=[[0, 0, 5, 15], [0] * 4],
         logit_max=[3, 7],
     )
     m = jax.jit(routing.metrics)(stats)
@@ -307,6 +308,7 @@ def test_metrics_at_their_extremes():
         "load_entropy": [1, 0],
         "max_violation": [0, E - 1],
         "dropped": [0.1, 0],
+        "dropped_by_quarter": [[0, 0, 0.1, 0.3], [0] * 4],
         "experts_per_token": [2, 1],
         "experts_histogram": [[0, 0, 1], [0, 1, 0]],
         "router_entropy": [np.log(4), 0],
@@ -316,6 +318,14 @@ def test_metrics_at_their_extremes():
     assert m.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(m[name], value, atol=1e-6, err_msg=name)
+
+
+def test_choices_are_counted_by_quarter_of_the_sequence():
+    """Ten places are quarters of 3, 2, 3 and 2; three places leave one empty."""
+    mask = np.zeros((2, 10, E), bool)
+    mask[0, :, 0] = mask[1, 7:, 1] = True
+    np.testing.assert_array_equal(routing.by_quarter(mask), [3, 2, 3 + 1, 2 + 2])
+    np.testing.assert_array_equal(routing.by_quarter(np.ones((1, 3, 1), bool)), [1, 1, 1, 0])
 
 
 def test_metrics_of_nothing_are_finite():
