@@ -286,7 +286,7 @@ def load_run(path: str | Path, mesh: Mesh) -> Run:
         if wanted == "best" and checkpoints.best is None:
             raise InputError(f"{directory} has no best checkpoint (none was saved with a validation loss): give {directory}/STEP")
         step = checkpoints.best if wanted == "best" else int(wanted) if wanted else checkpoints.latest
-        config = checkpoints.config(step)
+        config = config_lib.as_trained(checkpoints.config(step), directory)
         params, router = checkpoints.restore_weights(config, mesh, step)
         assert step is not None  # or there would be no config
         return Run(directory, step, config, params, router)

@@ -25,9 +25,12 @@ from slimmoe_jax import files
 
 C = TypeVar("C")  # a dataclass of the config
 
+RECORDS_FILE = "records.json"  # in a run's folder: where it was trained, and on which records (see `data.loading`)
 SHIPPED = Path(__file__).parent / "configs"  # which in a checkout is a link to configs/ at its root
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
+Format = Literal["text", "chat", "multiple_choice"]
+_FORMATS = typing.get_args(Format)
 
 
 class InputError(Exception):
@@ -104,7 +107,7 @@ class DataConfig:
 
     source: str = "stdlib"  # hub:NAME[:SUBSET], a directory, a .parquet/.jsonl[.gz|.zst]/.txt file, stdlib[:sources]
     split: str = ""  # of the hub's dataset (empty: train) or of a directory (empty: train where its files name splits, else all)
-    format: Literal["text", "chat", "multiple_choice"] = "text"  # what a row holds; chat and questions are packed
+    format: Format = "text"  # what a row holds; chat and questions are packed
     text_field: str = ""  # column or key of the text or messages; empty: text, or for chat messages or conversations
     choice_style: Literal["cloze", "letters"] = "cloze"  # multiple choice asks for the answer's text, or for its letter
     mix: tuple[str, ...] = ()  # further sources, WEIGHT:[FORMAT:]SOURCE; the weight is in records, beside 1 for `source`
@@ -216,7 +219,7 @@ def load(path: str | Path) -> TrainConfig:
         path = path / "config.json"
     if path.suffix == ".json" and path.is_file():
         config: TrainConfig = from_json(_read_json(path), str(path))
-        return config
+        return as_trained(config, path.parent)
     return run_file(path, TrainConfig, ", or a run's config.json")[0]
 
 
@@ -413,6 +416,39 @@ def records_dir(data: DataConfig) -> Path:
     return Path("data") / f"{slug}-{data.context}-{digest}"
 
 
+def as_trained(config: TrainConfig, run: Path) -> TrainConfig:
+    """A run's config as it reads from the current folder: relative paths lead to where they led when the run was trained."""
+    try:
+        folder = Path(json.loads((run / RECORDS_FILE).read_text())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):  # an older run, or none
+        return config
+    if folder == Path.cwd():
+        return config
+    data = config.data
+    data = dataclasses.replace(
+        data,
+        source=_from(folder, data.source),
+        mix=tuple(_weight_of(entry) + _from(folder, entry.removeprefix(_weight_of(entry))) for entry in data.mix),
+        tokenizer=_from(folder, data.tokenizer),
+        records=_from(folder, str(records_dir(data))) if (folder / records_dir(data)).exists() else data.records,
+    )
+    earlier, _ = split_run_path(config.init_from)
+    init_from = str(folder / config.init_from) if config.init_from and (folder / earlier).exists() else config.init_from
+    return dataclasses.replace(config, data=data, init_from=init_from)
+
+
+def _from(folder: Path, path: str) -> str:
+    """A path as it reads in `folder`; what is no path there stays."""
+    return str(folder / path) if path and not path.startswith("~") and (folder / path).exists() else path
+
+
+def _weight_of(entry: str) -> str:
+    """What of an entry of `data.mix` stands before its source: `WEIGHT:` or `WEIGHT:FORMAT:`."""
+    weight, _, rest = entry.partition(":")
+    named, colon, source = rest.partition(":")
+    return f"{weight}:{named}:" if colon and source and named in _FORMATS else f"{weight}:"
+
+
 def parts(data: DataConfig) -> list[DataConfig]:
     """The main source and those of `data.mix`."""
     return [data, *(part for _, part in mixed(data))]
@@ -426,11 +462,9 @@ def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
     """
     parts = []
     for entry in data.mix:
-        weight, _, source = entry.partition(":")
-        named, _, rest = source.partition(":")
-        form: Any = data.format
-        if named in typing.get_args(typing.get_type_hints(DataConfig)["format"]) and rest:
-            form, source = named, rest
+        weight, named, *_ = _weight_of(entry).split(":")
+        source = entry.removeprefix(_weight_of(entry))
+        form: Any = named or data.format
         try:
             share = float(weight)
         except ValueError:

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+
+class Draw(struct.PyTreeNode):
+    """A pure function (x, rows=None) that drops the places of one draw; see `drop`."""
+
+    seed: jax.Array  # [2] uint32
+    rate: float = struct.field(pytree_node=False)
+
+    def __call__(self, x: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+        return drop(x, self.seed, self.rate, rows)
 
 
 class Dropout(nn.Module):
@@ -25,14 +35,14 @@ class Dropout(nn.Module):
     train: bool
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.draw()(x)
+        draw = self.draw()
+        return x if draw is None else draw(x)
 
-    def draw(self) -> Callable[..., jax.Array]:
-        """A pure function (x, rows=None) that drops the places of one draw; see `drop`."""
+    def draw(self) -> Draw | None:
+        """One draw of places, None where nothing is dropped."""
         if not self.train or self.rate == 0:
-            return lambda x, rows=None: x
-        seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        return lambda x, rows=None: drop(x, seed, self.rate, rows)
+            return None
+        return Draw(jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32), self.rate)
 
 
 def drop(x: jax.Array, seed: jax.Array, rate: float, rows: jax.Array | None = None) -> jax.Array:

@@ -41,8 +41,8 @@ from slimmoe_jax import (
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig
+from slimmoe_jax.data import loading, tokenizers
 from slimmoe_jax.data import records as records_lib
-from slimmoe_jax.data import tokenizers
 from slimmoe_jax.data.multiple_choice import Style
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.progress import Meter
@@ -230,8 +230,7 @@ def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str,
     model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory, run.config.model.vocab_size)
     records = None
     if not to_do or args.held_out or args.by_position != "no":
-        context = None if args.records else run.config.data.context
-        records = records_lib.open_records(args.records or config_lib.records_dir(run.config.data), context)
+        records = records_lib.open_records(args.records) if args.records else loading.of_run(run.directory, run.config)
         records_lib.check_same_tokenizer(records, run.directory)
 
     behind, lost = contamination.stages(run.directory, run.config)

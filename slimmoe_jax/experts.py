@@ -31,21 +31,14 @@ from slimmoe_jax import row_blocks
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.grouped import grouped_dot
 from slimmoe_jax.products import weigh
+from slimmoe_jax.row_blocks import ExpertWeights as ExpertWeights
 
 BY_SEQUENCE = ("batch", None, None, None)  # of [B, E, C, D]
 BY_EXPERT = ("expert", "group", None, None)  # of [E, B, C, D]
 
 Dispatch = Literal["dense", "capacity", "ragged", "grouped"]
-HiddenDropout = Callable[[jax.Array, jax.Array], jax.Array]  # of hidden activations [.., F] and their rows' numbers [..] uint32
-GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # rows [M, D], weights [E, D, F], group sizes [E]
-
-
-class ExpertWeights(NamedTuple):
-    """The feed-forward weights of all experts, float32; `gate` is None where the hidden layer is not gated."""
-
-    up: jax.Array  # [E, D, F]
-    down: jax.Array  # [E, F, D]
-    gate: jax.Array | None  # [E, D, F]
+# Of hidden activations [.., F] and their rows' numbers [..] uint32: a pytree, such as `dropout.Draw`.
+HiddenDropout = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Plan(NamedTuple):
@@ -95,7 +88,7 @@ def apply_experts(
     method: Dispatch,
     config: ModelConfig,
     segments: jax.Array | None = None,
-    dropout: HiddenDropout = lambda hidden, rows: hidden,
+    dropout: HiddenDropout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends each token through its experts and sums their outputs by gate.
 
@@ -104,17 +97,18 @@ def apply_experts(
       gates: [B, S, E] float32.
       mask: [B, S, E] bool, at most `config.router.max_experts` True a token.
       segments: [B, S] int32; `capacity` shares its slots among the segments of a sequence, each a run of equal numbers.
-      dropout: applied to the experts' hidden activations. The row of token t (counted over the batch) and expert e is t E + e.
+      dropout: applied to the experts' hidden activations, each by itself. The row of token t (counted over the batch) and expert e
+        is t E + e.
     Returns: [B, S, D], and the choices [B, S, E] that were dropped for want of a slot.
     """
     if method == "dense":
         return _dense(x, gates, weights, dropout), jnp.zeros_like(mask)
     if method == "capacity":
         return _capacity(x, gates, mask, weights, config, segments, dropout)
-    return _on_each_device(_grouped(method, config, dropout), x, gates, mask, weights), jnp.zeros_like(mask)
+    return _on_each_device(_sorted(method, config, dropout), x, gates, mask, weights), jnp.zeros_like(mask)
 
 
-def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: HiddenDropout) -> jax.Array:
+def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: HiddenDropout | None) -> jax.Array:
     # Experts are a batch axis, since a CPU would otherwise transpose all weights, in decoding for each token. Rows are one axis,
     # since a gradient that contracts two costs it a transposed copy of the hidden layer.
     experts, width = weights.up.shape[:2]
@@ -124,7 +118,7 @@ def _dense(x: jax.Array, gates: jax.Array, weights: ExpertWeights, dropout: Hidd
 
     def down(hidden: jax.Array, gate: jax.Array | None, of_row: jax.Array) -> jax.Array:
         # Weighting the hidden layer instead of the output spares an array [E, R, D].
-        return weigh("ERF,EFD->RD", dropout(_activate(hidden, gate), numbers) * of_row, weights.down)
+        return weigh("ERF,EFD->RD", _dropped(_activate(hidden, gate), numbers, dropout) * of_row, weights.down)
 
     hidden = weigh("ERD,EDF->ERF", rows, weights.up)
     gate = None if weights.gate is None else weigh("ERD,EDF->ERF", rows, weights.gate)
@@ -138,7 +132,7 @@ def _capacity(
     weights: ExpertWeights,
     config: ModelConfig,
     segments: jax.Array | None,
-    dropout: HiddenDropout,
+    dropout: HiddenDropout | None,
 ) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x.shape
     experts, slots = config.experts, capacity(config, length)
@@ -156,7 +150,7 @@ def _capacity(
         return nn.with_logical_constraint(hidden, ("expert", "group", None))
 
     def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-        out = weigh("ERF,EFD->ERD", dropout(_activate(hidden, gate), numbers), weights.down)
+        out = weigh("ERF,EFD->ERD", _dropped(_activate(hidden, gate), numbers, dropout), weights.down)
         return out.reshape(experts, batch, slots, width)
 
     hidden = _lean(up)(x, weights.up)
@@ -176,40 +170,43 @@ def _exchange(rows: jax.Array, now: tuple[str | None, ...], then: tuple[str | No
     return nn.with_logical_constraint(rows.swapaxes(0, 1), then)
 
 
-def _grouped(method: Dispatch, config: ModelConfig, dropout: HiddenDropout) -> Callable[..., jax.Array]:
-    """The dispatch by pairs sorted by expert, as a function of arrays alone."""
-    product, spare = _grouped_product(method)
+def _sorted(method: Dispatch, config: ModelConfig, dropout: HiddenDropout | None) -> Callable[..., jax.Array]:
+    """The dispatches by pairs sorted by expert, as a function of arrays alone."""
+    by_blocks = method == "ragged" and jax.default_backend() == "cpu"  # where XLA's ragged product takes several times as long
+    spare = row_blocks.block_rows(config.width, config.expert_hidden) if by_blocks else 0
 
     def apply(x: jax.Array, gates: jax.Array, mask: jax.Array, first_token: jax.Array, weights: ExpertWeights) -> jax.Array:
-        batch, length, _ = x.shape
+        batch, length, width = x.shape
         choices = _choices(mask, config.router.max_experts)
-        tokens = (batch * length, -1)
         plan = _packed_plan(choices.reshape(batch * length, *choices.shape[2:]), spare)
         token = plan.pair_of_slot // choices.shape[-1] + first_token
-        ends = jnp.cumsum(plan.group_sizes)
-        expert = jnp.sum(jnp.arange(token.size)[:, None] >= ends[None, :], axis=-1)
+        expert = jnp.sum(jnp.arange(token.size)[:, None] >= jnp.cumsum(plan.group_sizes)[None, :], axis=-1)
         numbers = _numbers(token, expert, config.experts)
-
-        def up(x: jax.Array, weight: jax.Array) -> jax.Array:
-            return product(_rows_of_tokens(x.reshape(tokens), plan), weight, plan.group_sizes)
-
-        def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-            return product(dropout(_activate(hidden, gate), numbers), weights.down, plan.group_sizes)
-
-        hidden = _lean(up)(x, weights.up)
-        out = _lean(down)(hidden, None if weights.gate is None else _lean(up)(x, weights.gate))
-        return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, x.shape[-1]), _gate_of_choice(gates, choices))
+        tokens = x.reshape(-1, width)
+        if by_blocks:
+            layout = row_blocks.Layout(plan, numbers)
+            out = row_blocks.expert_rows(_rows_of_tokens, _activate, tokens, weights, layout, dropout)
+        else:
+            out = _by_grouped_products(tokens, weights, plan, numbers, dropout, method)
+        return _combine(_rows_of_pairs(out, plan).reshape(batch, length, -1, width), _gate_of_choice(gates, choices))
 
     return apply
 
 
-def _grouped_product(method: Dispatch) -> tuple[GroupedProduct, int]:
-    """The grouped product of a dispatch on this machine, and how many rows of no group it wants after the last group."""
-    if method == "grouped":
-        return lambda rows, weights, sizes: grouped_dot(rows, weights.astype(rows.dtype), sizes), 0
-    if jax.default_backend() == "cpu":  # where XLA's own takes several times as long
-        return row_blocks.blocked_dot, row_blocks.BLOCK
-    return lambda rows, weights, sizes: jax.lax.ragged_dot(rows, weights.astype(rows.dtype), sizes), 0
+def _by_grouped_products(
+    tokens: jax.Array, weights: ExpertWeights, plan: Plan, numbers: jax.Array, dropout: HiddenDropout | None, method: Dispatch
+) -> jax.Array:
+    """Tokens [T, D] -> what the experts make of their rows, [M, D]."""
+    product = grouped_dot if method == "grouped" else jax.lax.ragged_dot
+
+    def up(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return product(_rows_of_tokens(x, plan), weight.astype(x.dtype), plan.group_sizes)
+
+    def down(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
+        return product(_dropped(_activate(hidden, gate), numbers, dropout), weights.down.astype(hidden.dtype), plan.group_sizes)
+
+    hidden = _lean(up)(tokens, weights.up)
+    return _lean(down)(hidden, None if weights.gate is None else _lean(up)(tokens, weights.gate))
 
 
 def _on_each_device(
@@ -246,6 +243,10 @@ def _lean(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     The gather or the activation before the product runs again there. The product does not: its gradients want its operands only.
     """
     return jax.checkpoint(product)
+
+
+def _dropped(active: jax.Array, numbers: jax.Array, dropout: HiddenDropout | None) -> jax.Array:
+    return active if dropout is None else dropout(active, numbers)
 
 
 def _activate(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:

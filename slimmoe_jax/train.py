@@ -94,11 +94,13 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
     # --- data ---
     with distributed.first_goes_first("records"):
-        records, mixture = loading.open_all(config.data, config.model)
+        opened, mixture = loading.open_all(config.data, config.model)
+    records = opened[0]
     if initial is not None:
         records_lib.check_same_tokenizer(records, initial.directory)
     if resuming:
         records_lib.check_same_tokenizer(records, workdir)
+        loading.check_remembered(workdir, opened)
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     batches = records_lib.batches(mixture, config.data.batch_size, seed=config.seed, workers=config.data.workers, **processes)
 
@@ -124,6 +126,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     if distributed.is_first():
         config_lib.save(config, workdir / "config.json")
         tokenizers.save(records.tokenizer(), workdir)
+        loading.remember(workdir, opened)
 
     # --- steps ---
     model = state.build_model(config)

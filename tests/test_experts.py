@@ -194,8 +194,7 @@ def test_dispatches_drop_the_same_hidden_activations():
 
     def run(method, rate):
         def moe(*a):
-            drop = lambda hidden, rows: dropout.drop(hidden, seed, rate, rows)  # noqa: E731
-            return experts.apply_experts(*a, method=method, config=config, dropout=drop)
+            return experts.apply_experts(*a, method=method, config=config, dropout=dropout.Draw(seed, rate))
 
         grads, (y, _) = jax.jit(lambda *a: outputs_and_gradients(*a, config, moe))(x, router, weights)
         return grads, y
@@ -216,8 +215,7 @@ def test_devices_compute_what_one_computes(method, mesh):
     x, router, weights = make_inputs(gated=False, batch=8)
 
     def moe(*a):
-        drop = lambda hidden, rows: dropout.drop(hidden, seed, 0.3, rows)  # noqa: E731
-        return experts.apply_experts(*a, method=method, config=config, dropout=drop)
+        return experts.apply_experts(*a, method=method, config=config, dropout=dropout.Draw(seed, 0.3))
 
     def run(*a):
         grads, (y, _) = outputs_and_gradients(*a, config, moe)
@@ -263,7 +261,7 @@ def test_dropout_acts_on_hidden_activations(method):
     def apply(**options):
         return experts.apply_experts(x, *route(x, router, config), weights, method=method, config=config, **options)[0]
 
-    plain, doubled = jax.jit(lambda: (apply(), apply(dropout=double)))()
+    plain, doubled = jax.jit(lambda: (apply(), apply(dropout=jax.tree_util.Partial(double))))()
     assert shapes[0][-1] == F
     np.testing.assert_allclose(doubled, 2 * plain, atol=1e-5)
 

@@ -1,4 +1,6 @@
-"""The loop over blocks of rows is a product of each row with its group's matrix, in value and gradients."""
+"""The loop over blocks of rows is each row's feed-forward layer with its expert's weights, in value and gradients."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,68 +8,119 @@ import numpy as np
 import pytest
 
 from slimmoe_jax import row_blocks
+from slimmoe_jax.row_blocks import ExpertWeights, Layout
 
 D, F = 6, 5
+SPARE = row_blocks.block_rows(D, F)
 
 
-def make_inputs(sizes, dtype=jnp.float32):
+class Plan(NamedTuple):
+    group_sizes: jax.Array
+
+
+def layout(sizes):
+    rows = sum(sizes) + SPARE
+    return Layout(Plan(jnp.asarray(sizes, jnp.int32)), jnp.arange(rows, dtype=jnp.uint32))
+
+
+def as_they_are(x, plan):
+    """Rows that are tokens already."""
+    return x
+
+
+def activate(hidden, gate):
+    return jnp.sin(hidden) if gate is None else jnp.sin(gate) * hidden
+
+
+def make_inputs(sizes, gated):
     rng = np.random.default_rng(0)
-    number = sum(sizes) + row_blocks.BLOCK
-    rows, weights, grad = (
-        rng.standard_normal((number, D)),
-        rng.standard_normal((len(sizes), D, F)),
-        rng.standard_normal((number, F)),
-    )
-    return jnp.asarray(rows, dtype), jnp.asarray(weights, jnp.float32), jnp.asarray(sizes, jnp.int32), jnp.asarray(grad, dtype)
+    rows, experts = sum(sizes) + SPARE, len(sizes)
+    x, grad = rng.standard_normal((rows, D)), rng.standard_normal((rows, D))
+    weights = [rng.standard_normal(shape) for shape in ((experts, D, F), (experts, F, D), (experts, D, F))]
+    return x, ExpertWeights(*weights[:2], weights[2] if gated else None), grad
 
 
-SIZES = [[3, 1, 2], [0, 5, 0], [256, 0, 257], [700, 1, 255, 300], [0, 0], [1]]
+def by_rows(x, weights, group, grad):
+    """Each row alone, in float64 by numpy: outputs, and gradients in rows and weights by the rules on paper."""
+    y, d_x = np.zeros(x.shape), np.zeros(x.shape)
+    d_weights = jax.tree.map(np.zeros_like, weights)
+    for m, e in enumerate(group):
+        up, gate = x[m] @ weights.up[e], None if weights.gate is None else x[m] @ weights.gate[e]
+        active = np.sin(up) if gate is None else np.sin(gate) * up
+        y[m] = active @ weights.down[e]
+        d_active = weights.down[e] @ grad[m]
+        d_up = d_active * (np.cos(up) if gate is None else np.sin(gate))
+        d_weights.down[e] += np.outer(active, grad[m])
+        d_weights.up[e] += np.outer(x[m], d_up)
+        d_x[m] = weights.up[e] @ d_up
+        if gate is not None:
+            d_gate = d_active * np.cos(gate) * up
+            d_weights.gate[e] += np.outer(x[m], d_gate)
+            d_x[m] += weights.gate[e] @ d_gate
+    return y, d_x, d_weights
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_values_and_gradients_are_those_of_each_row_alone(sizes):
-    """By numpy in float64: groups that are empty, that fill a block exactly, by one more and by one less."""
-    rows, weights, group_sizes, grad = make_inputs(sizes)
-    used = sum(sizes)
-    y, back = jax.vjp(lambda rows, weights: row_blocks.blocked_dot(rows, weights, group_sizes), rows, weights)
-    d_rows, d_weights = back(grad)
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    x, w, g = (np.asarray(a, np.float64) for a in (rows, weights, grad))
-    np.testing.assert_allclose(y[:used], np.einsum("mi,mio->mo", x[:used], w[group]), atol=1e-5)
-    np.testing.assert_allclose(d_rows[:used], np.einsum("mo,mio->mi", g[:used], w[group]), atol=1e-5)
-    expected = np.zeros(w.shape)
-    for row, of in enumerate(group):
-        expected[of] += np.outer(x[row], g[row])
-    np.testing.assert_allclose(d_weights, expected, atol=2e-4)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("sizes", [[3, 1, 2], [0, 5, 0], [SPARE, 0, SPARE + 1], [700, 1, SPARE - 1, 300], [0, 0], [1]], ids=str)
+def test_values_and_gradients_are_those_of_each_row_alone(sizes, gated):
+    """Experts without rows, with rows that fill a block exactly, and with one more and one less."""
+    x, weights, grad = make_inputs(sizes, gated)
+    used, group = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
+    y, d_x, d_weights = by_rows(x[:used], weights, group, grad[:used])
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, weights, grad))
+
+    def run(x, weights):
+        return row_blocks.expert_rows(as_they_are, activate, x, weights, layout(sizes), None)
+
+    got, back = jax.vjp(run, *low[:2])
+    got_x, got_weights = back(low[2])
+    np.testing.assert_allclose(got[:used], y, atol=1e-4)
+    np.testing.assert_allclose(got_x[:used], d_x, atol=5e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-3), got_weights, d_weights)
 
 
-def test_rows_of_no_group_leave_no_trace_even_where_they_are_not_numbers():
-    rows, weights, sizes, grad = make_inputs([3, 4])
-    y, back = jax.vjp(lambda r, w: row_blocks.blocked_dot(r, w, sizes), rows.at[7:].set(jnp.nan), weights)
-    assert np.isfinite(y[:7]).all() and np.isfinite(back(grad)[1]).all()
+def test_rows_of_no_expert_leave_no_trace_even_where_they_are_not_numbers():
+    x, weights, grad = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), make_inputs([3, 4], True))
+
+    def run(x, weights):
+        return row_blocks.expert_rows(as_they_are, activate, x, weights, layout([3, 4]), None)
+
+    y, back = jax.vjp(run, x, weights)
+    d_x, d_weights = back(grad.at[7:].set(jnp.nan))
+    assert np.isfinite(y[:7]).all() and np.isfinite(d_x[:7]).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(d_weights))
 
 
-def test_in_bfloat16_the_weights_gradient_is_summed_in_float32():
-    """2,000 rows of ones in one group: bfloat16 would stop adding at 256."""
-    rows = jnp.ones((2_000 + row_blocks.BLOCK, D), jnp.bfloat16)
-    sizes = jnp.array([0, 2_000], jnp.int32)
-    y, back = jax.vjp(lambda w: row_blocks.blocked_dot(rows, w, sizes), jnp.ones((2, D, F)))
-    (d_weights,) = back(jnp.ones_like(y))
-    assert y.dtype == jnp.bfloat16 and d_weights.dtype == jnp.float32
-    np.testing.assert_array_equal(d_weights[1], 2_000)
-    np.testing.assert_array_equal(d_weights[0], 0)
+def test_in_bfloat16_the_weights_gradients_are_summed_in_float32():
+    """2,000 rows of ones with one expert: bfloat16 would stop adding at 256."""
+    sizes, ones = [0, 2_000], jnp.ones((2_000 + SPARE, D), jnp.bfloat16)
+    weights = ExpertWeights(jnp.ones((2, D, F)), jnp.ones((2, F, D)), None)
+
+    def run(weights):
+        return row_blocks.expert_rows(as_they_are, lambda hidden, gate: hidden, ones, weights, layout(sizes), None)
+
+    y, back = jax.vjp(run, weights)
+    (d_weights,) = back(ones)
+    assert y.dtype == jnp.bfloat16 and {leaf.dtype for leaf in jax.tree.leaves(d_weights)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(d_weights.up[1], 2_000 * D)
+    np.testing.assert_array_equal(d_weights.down[1], 2_000 * D)
+    assert not d_weights.up[0].any() and not d_weights.down[0].any()
 
 
 def test_only_blocks_in_use_are_computed():
-    """The loop takes as many turns as blocks are in use, counted from outside the program."""
+    """The activation runs once a block in use, counted from outside the program."""
     turns = []
 
-    def block(start, inside, carry):
-        jax.debug.callback(lambda start, inside: turns.append((int(start), int(inside.sum()))), start, inside)
-        return carry
+    def counted(hidden, gate):
+        jax.debug.callback(lambda: turns.append(1))
+        return hidden
 
-    sizes = jnp.array([300, 0, 10], jnp.int32)
-    for group in range(3):
-        jax.jit(lambda n: row_blocks._over_blocks(sizes, n, block, jnp.int32(0)))(group)
+    x, weights, _ = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), make_inputs([SPARE + 1, 0, 10], False))
+    jax.block_until_ready(row_blocks.expert_rows(as_they_are, counted, x, weights, layout([SPARE + 1, 0, 10]), None))
     jax.effects_barrier()
-    assert sorted(turns) == [(0, 256), (256, 44), (300, 10)]
+    assert len(turns) == 2 + 0 + 1
+
+
+@pytest.mark.parametrize(("width", "hidden", "rows"), [(128, 256, 512), (256, 256, 512), (256, 512, 256), (768, 1_536, 256)])
+def test_small_weights_have_longer_blocks(width, hidden, rows):
+    assert row_blocks.block_rows(width, hidden) == rows

@@ -128,15 +128,40 @@ def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
 
 
 def check_made_for(data: DataConfig, directory: Path) -> None:
-    """Refuses records that were made of another source, or of this one otherwise, as far as the config alone can tell."""
-    made = records.open_records(directory).manifest.get("settings")
-    asked = {name: getattr(data, name) for name in ("source", "format", "split")}
-    if data.format == "multiple_choice":
-        asked["choice_style"] = data.choice_style
-    if isinstance(made, dict) and any(made.get(name) != value for name, value in asked.items()):
+    """Refuses records that are not those that the config would be prepared to now, as far as that can be told.
+
+    A source that is not here, such as the hub's, is compared by its name. One that is here is compared by its text, and may go by
+    another name. So is a tokenizer's file.
+
+    Raises:
+      InputError: names what differs.
+    """
+    manifest = records.open_records(directory).manifest
+    made = manifest.get("settings")
+    if not isinstance(made, dict):
+        return
+    asked = _asked(data, manifest)
+    if any(made.get(name) != value for name, value in asked.items()):
         raise InputError(
-            f"data.records = {directory} holds other records ({_difference(made, asked)}): name another folder, or none"
+            f"{directory} holds other records than the config asks for ({_difference(made, asked)}): remove it to prepare them"
+            " again, or name another folder with --data.records"
         )
+
+
+def _asked(data: DataConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The settings that records of this config have, without those that cannot be told or do not matter to them."""
+    fields = ["format", "split", "validation_fraction"]
+    fields += {"text": ["min_characters"], "multiple_choice": ["choice_style"]}.get(data.format, [])
+    asked = {name: getattr(data, name) for name in fields} | {"text_field": data.field}
+    if data.source.startswith(("hub:", "stdlib")) or Path(data.source).expanduser().exists():
+        asked["source_fingerprint"] = open_source(data).fingerprint
+    else:
+        asked["source"] = data.source
+    if data.train_tokenizer:
+        asked["train_tokenizer"] = data.train_tokenizer
+    elif (fingerprint := tokenizers.load(data.tokenizer).fingerprint) != manifest["tokenizer"]["fingerprint"]:
+        asked["tokenizer"] = fingerprint
+    return asked
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:
@@ -146,6 +171,8 @@ def _difference(old: Any, new: dict[str, Any]) -> str:
         if before != value:
             if name == "source_fingerprint":
                 return "the source has changed since"
+            if name == "tokenizer" and isinstance(before, str) and len(before) == len(value) == 64:  # sums of both
+                return f"the tokenizer has changed since, from sha256 {before[:12]} to {value[:12]}"
             return f"data.{name} = {before}, not {value}"
     return "of another version of this program"
 

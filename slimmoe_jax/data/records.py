@@ -117,6 +117,12 @@ class Records:
             if not len(self._splits[name]):
                 raise ValueError(f"no {name} records")
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of what the records are, whatever their folder is called: tokens, splits and tokenizer."""
+        splits = {name: [file["sha256"] for file in entry["files"]] for name, entry in self.manifest["splits"].items()}
+        return hashlib.sha256(json.dumps([self.context, self.fingerprint, splits], sort_keys=True).encode()).hexdigest()
+
     def split(self, name: str) -> Split:
         """`train` or `validation`."""
         return self._splits[name]

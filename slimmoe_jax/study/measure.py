@@ -17,11 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slimmoe_jax import checkpoint, heldout, likelihood, metrics, sharding, state
-from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.data import loading, sources, tokenizers
 from slimmoe_jax.data import records as records_lib
-from slimmoe_jax.data import sources, tokenizers
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.progress import Meter
 from slimmoe_jax.routing import RouterState
@@ -51,8 +50,7 @@ def measure(directory: str | Path, mesh: Mesh, effort: Effort | None = None) -> 
     run = checkpoint.load_run(directory, mesh)
     if run.config.data.format != "text":
         raise InputError(f"{directory} was trained on {run.config.data.format}: the probes are for models of running text")
-    records = records_lib.open_records(config_lib.records_dir(run.config.data), run.config.data.context)
-    records_lib.check_same_tokenizer(records, run.directory)
+    records = loading.of_run(run.directory, run.config)
     rows = training(run.directory, run.config)
     return costs(run.config) | rows | _asked(run, records, mesh, effort)
 
