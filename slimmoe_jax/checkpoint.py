@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
@@ -188,6 +189,19 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory} ({_reason(error)}): make room; {before}"
             ) from error
 
+    def _other_tree(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> str:
+        """How a checkpoint's arrays differ by name from those that were to be read; "" where they do not, or it cannot be told."""
+        try:
+            kept = self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests
+        except Exception:  # damaged there too, or of a version without digests
+            return ""
+        for item, asked in items.items():
+            if isinstance(asked, ocp.args.StandardRestore) and isinstance(kept.get(item), dict):
+                wanted, had = _names(asked.item), set(kept[item])
+                if wanted != had:
+                    return f"its {item} has {min(had - wanted, default='nothing more')}, not {min(wanted - had, default='that')}"
+        return ""
+
     def _check_resumable(self, step: int | None) -> None:
         step = self.latest if step is None else step
         folder = self.directory / str(step)
@@ -210,10 +224,19 @@ class Checkpoints:
             _compare_digests(restored)
             return restored
         except Exception as error:
+            if difference := self._other_tree(step, items):
+                raise InputError(
+                    f"checkpoint {self.directory / str(step)} is whole, but not of this config and version ({difference}): start"
+                    f" another run from its weights, by --init-from {self.directory.parent} and a --workdir of its own"
+                ) from error
             reason = _reason(error)
             others = [s for s in steps if s != step]
             mend = f"remove that folder to go on from step {max(others)}" if others else "there is no other in this run"
             raise DamagedError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
+
+
+def _names(tree: Any) -> set[str]:
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -38,8 +38,9 @@ def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
     """Splits records into inputs and targets, and marks segments where attention and positions are to stay within them.
 
     Args:
-      batch: "tokens" [B, S + 1] int32; of packed records "segments", 0 for padding, and "targets", both [B, S + 1] int32;
-        optionally "weight" [B] float32, 0 for a row that only fills the batch.
+      batch: "tokens" [B, S + 1] int32; of packed records "segments", 0 for padding, and "targets", both [B, S + 1] int32, and of
+        mixtures "text" [B] int32, 1 for a record of text among packed ones; optionally "weight" [B] float32, 0 for a row that only
+        fills the batch.
       end_token: the token that closes a document, where documents of text are to be segments; None lets attention cross them.
     Returns: tokens, targets [B, S] int32, weights [B, S] float32, and with segments positions, segments and valid [B, S].
     """
@@ -47,19 +48,27 @@ def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
     inputs = {"tokens": tokens, "targets": targets, "weights": jnp.ones(targets.shape, jnp.float32)}
     if "segments" in batch:
         segments = batch["segments"][:, :-1]
-        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
         within = batch["segments"][:, 1:] == segments  # nothing is predicted across a border
+        if end_token is not None and "text" in batch:
+            segments = jnp.where(batch["text"][:, None] > 0, 1 + _documents(tokens, end_token), segments)
+        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
         inputs["weights"] = jnp.where(within, batch["targets"][:, 1:], 0).astype(jnp.float32)
         inputs |= {"segments": segments, "valid": segments > 0}
     elif end_token is not None:
-        starts = jnp.pad(tokens == end_token, ((0, 0), (1, 0)))[:, :-1]
-        inputs |= {"segments": jnp.cumsum(starts, axis=1), "valid": jnp.ones(tokens.shape, bool)}
+        segments = _documents(tokens, end_token)
+        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+        inputs |= {"segments": segments, "valid": jnp.ones(tokens.shape, bool)}
     if "segments" in inputs:
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         inputs["positions"] = place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
     if "weight" in batch:
         inputs["weights"] *= batch["weight"][:, None]
     return inputs
+
+
+def _documents(tokens: jax.Array, end_token: int) -> jax.Array:
+    """The number of each token's document in its record [B, S], from 0; the end token closes a document."""
+    return jnp.cumsum(jnp.pad(tokens == end_token, ((0, 0), (1, 0)))[:, :-1], axis=1)
 
 
 def make_train_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from typing import Any
 
-from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrackerName, TrainConfig, get, mixed
+from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrackerName, TrainConfig, get, parts
 
 
 def validate(config: TrainConfig) -> None:
@@ -115,9 +115,9 @@ def _validate_data(data: DataConfig) -> None:
     _at_least_zero(data, "train_tokenizer", "train_records", "min_characters", "workers", prefix="data.")
     if not 0 < data.validation_fraction < 1:
         raise InputError(f"data.validation_fraction = {data.validation_fraction}: give a fraction between 0 and 1, such as 0.005")
-    mixed(data)
-    if data.format != "text" and data.document_mask:
-        raise InputError(f"data.document_mask is for data.format = text: {data.format} is packed in segments anyway")
+    formats = {part.format for part in parts(data)}
+    if data.document_mask and "text" not in formats:
+        raise InputError(f"data.document_mask is for records of text: {data.format} is packed in segments anyway")
     if data.tokenizer == "sentencepiece" and not data.train_tokenizer:
         raise InputError(
             "data.tokenizer = sentencepiece needs data.train_tokenizer (a number of pieces), or the path of a .model file"

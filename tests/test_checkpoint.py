@@ -116,3 +116,12 @@ def test_an_unfinished_save_does_not_count(tmp_path, fresh):
         shutil.rmtree(folder / step)
     with pytest.raises(InputError, match="train one first"):
         checkpoint.load_run(tmp_path, sharding.make_mesh(CONFIG.mesh))
+
+
+def test_a_state_of_another_form_is_no_damage(tmp_path, fresh, mesh):
+    """A checkpoint whose optimizer is of another tree, such as an earlier version's: named, and left where it is."""
+    saved(tmp_path, fresh.replace(opt_state={"mu": fresh.params}), CONFIG, [None, None])
+    with pytest.raises(InputError, match="is whole, but not of this config and version .its optimizer has") as caught:
+        checkpoint.Checkpoints(tmp_path, CONFIG).restore(CONFIG, mesh)
+    assert "--init-from" in str(caught.value) and "remove" not in str(caught.value)
+    assert steps_in(tmp_path) == [1, 2]

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from slimmoe_jax import optim
-from slimmoe_jax.config import OptimConfig, TrainConfig
+from slimmoe_jax import optim, validation
+from slimmoe_jax.config import InputError, OptimConfig, TrainConfig
 
 
 def config(steps=100, **fields):
@@ -76,6 +77,24 @@ def test_updates_equal_those_of_torch(clip_norm):
         adamw.param_groups[0]["lr"] = float(rate(n))
         adamw.step()
     np.testing.assert_allclose(params["w"], weight.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_is_the_same_tree_whatever_a_resume_may_change():
+    params = {"w": jnp.ones((2, 2))}
+    changes = [{"clip_norm": 0.0}, {"weight_decay": 0.0}, {"schedule": "wsd"}, {"beta1": 0.0}, {"accumulate": 2}]
+    trees = {jax.tree.structure(optim.make(config(**change)).init(params)) for change in [{}, *changes]}
+    assert len(trees) == 1
+
+
+@pytest.mark.parametrize(("warmup", "decay", "fits"), [(50, 0.5, True), (51, 0.5, False), (50, 1.0, False), (90, 0.2, False)])
+def test_warm_up_and_decay_of_wsd_must_not_overlap(warmup, decay, fits):
+    changed = config(schedule="wsd", warmup_steps=warmup, decay_fraction=decay)
+    if fits:
+        validation.validate(changed)
+        assert float(optim.schedule(changed)(49)) == pytest.approx(1.0)  # the peak, at the border of the two
+    else:
+        with pytest.raises(InputError, match=f"optim.warmup_steps = {warmup} overlaps with the {round(100 * decay)} steps"):
+            validation.validate(changed)
 
 
 def test_clipping_can_be_turned_off():

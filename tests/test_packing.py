@@ -179,6 +179,34 @@ def test_mixtures_follow_their_weights_and_give_text_as_one_segment(prepared):
         assert batch["tokens"].shape == batch["segments"].shape == (8, 65)
 
 
+def test_documents_of_a_text_record_are_segments_in_a_mixture_as_they_are_alone(prepared):
+    """What the step makes of a text record does not depend on the company: segments, positions and weights to the number."""
+    text = records.open_records(prepared / "text")
+    mixed = mixture(prepared, [1.0, 1.0])
+    numbers = np.arange(4)
+    alone = step.inputs_of(text.split("train").batch(numbers), text.end_token)
+    assert (np.asarray(alone["segments"]).max(axis=1) > 0).all(), "each record holds the end of a document"
+    batch = mixed.batch(np.concatenate([mixed.first[1] + numbers, numbers]))
+    together = step.inputs_of(batch, text.end_token)
+    np.testing.assert_array_equal(together["segments"][:4], alone["segments"] + 1)  # 0 is padding among packed records
+    for name in ("positions", "weights", "tokens", "targets", "valid"):
+        np.testing.assert_array_equal(together[name][:4], alone[name], err_msg=name)
+    unmasked = step.inputs_of(batch, None)
+    assert (np.asarray(unmasked["segments"][:4]) == 1).all()
+    for name, values in unmasked.items():  # a conversation holds end tokens that close turns, no segment
+        np.testing.assert_array_equal(together[name][4:], values[4:], err_msg=name)
+
+
+def test_a_document_mask_needs_text():
+    from slimmoe_jax import validation
+    from slimmoe_jax.config import override
+
+    chats = override(TrainConfig(), {"data.format": "chat", "data.document_mask": True})
+    with pytest.raises(InputError, match="data.document_mask is for records of text"):
+        validation.validate(chats)
+    validation.validate(override(chats, {"data.mix": ("0.5:text:stdlib",)}))
+
+
 def test_mixtures_go_on_exactly_and_do_not_depend_on_processes(prepared):
     mixed = mixture(prepared, [1.0, 0.5])
     whole = [batch["records"].tolist() for batch in take(records.batches(mixed, 4, seed=1), 80)]

@@ -14,6 +14,7 @@ import tiny
 from slimmoe_jax import cli, metrics
 from slimmoe_jax import train as train_lib
 from slimmoe_jax.config import InputError
+from slimmoe_jax.data import tokenizers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = tiny.source()
@@ -220,7 +221,7 @@ def test_a_stage_on_conversations_and_text_inherits_its_tokenizer_and_resumes_ex
         (["--data.mix", "stdlib"], "write WEIGHT:SOURCE"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
         (["--config", "absent.py"], "absent.py"),
-        (["--data.format", "chat"], "data.records = records holds other records (data.format = text, not chat)"),
+        (["--data.format", "chat"], "records holds other records than the config asks for (data.format = text, not chat)"),
         (["--eval.prompt", ""], "eval.prompt is empty"),
         (["--workdir", "text.jsonl/run"], "text.jsonl is a file"),
         (["--data.train-tokenizer", "299"], "data.train_tokenizer = 299 does not go with model.vocab_size = 300"),
@@ -261,13 +262,85 @@ def test_another_tokenizer_is_refused_though_its_size_fits(folder, reference):
     (folder / "other.jsonl").write_text(text)
     common = ["--data.source", "other.jsonl", "--data.records", "other"]
     train(folder, "--workdir", "other-run", "--steps", "3", *common)
-    # The same source by name, whose text has changed since, with records prepared anew.
-    subprocess.run(["cp", "-r", "other", "anew"], cwd=folder, check=True)
-    manifest = (folder / "anew" / "manifest.json").read_text()
-    (folder / "anew" / "manifest.json").write_text(manifest.replace('"other.jsonl"', '"text.jsonl"'))
-    for flags in (["--workdir", "whole", "--steps", "9", "--data.records", "anew"], ["--init-from", "whole", *common]):
-        done = subprocess.run(tiny.train_command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 2 and "made with another tokenizer" in done.stderr and done.stderr.count("\n") == 1
+    refused(folder, "made with another tokenizer", "--init-from", "whole", *common)
+
+
+def refused(folder, message, *flags):
+    """Runs the command, which ends with one line that holds the message."""
+    done = subprocess.run(tiny.train_command(*flags), cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder of its own with a run of four steps."""
+    tiny.write(tmp_path, TINY)
+    train(tmp_path, "--workdir", "run", "--steps", "4")
+    return tmp_path
+
+
+def change_text(folder):
+    """Other text of the same size under the same name."""
+    text = (folder / "text.jsonl").read_text()
+    (folder / "text.jsonl").write_text(text.replace("word", "rowd"))
+
+
+def test_records_of_a_source_that_has_changed_are_refused(trained):
+    change_text(trained)
+    refused(trained, "records holds other records than the config asks for (the source has changed since)", "--workdir", "new")
+    assert not (trained / "new").exists()
+    (trained / "text.jsonl").unlink()  # what cannot be looked at is compared by its name
+    train(trained, "--workdir", "new", "--steps", "1")
+
+
+def test_records_of_a_tokenizer_that_has_changed_are_refused(trained):
+    one, other = trained / "my.model", trained / "other.model"
+    one.write_bytes((trained / "run" / "tokenizer.model").read_bytes())
+    tokenizers.train_sentencepiece([f"zebra{n % 9} giraffe{n}" for n in range(300)], 300, other)
+    flags = ("--data.tokenizer", "my.model", "--data.train-tokenizer", "0", "--data.records", "mine", "--steps", "2")
+    train(trained, "--workdir", "one", *flags)
+    one.write_bytes(other.read_bytes())
+    refused(
+        trained, "mine holds other records than the config asks for (the tokenizer has changed since", "--workdir", "two", *flags
+    )
+
+
+def test_a_run_resumes_on_the_records_it_had_and_no_others(trained):
+    change_text(trained)
+    tokenizer = ("--data.tokenizer", "run/tokenizer.model", "--data.train-tokenizer", "0")
+    train(trained, "--workdir", "fresh", "--steps", "1", "--data.records", "changed", *tokenizer)
+    manifest = trained / "changed" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"train_tokenizer": 0', '"train_tokenizer": 300'))  # as if trained for them
+    refused(trained, "run was trained on other records of text.jsonl", "--workdir", "run", "--data.records", "changed")
+    assert losses(trained, "run") and len(losses(trained, "run")) == 4
+
+
+def test_a_moved_folder_of_records_is_still_the_runs(trained):
+    (trained / "records").rename(trained / "moved")
+    assert "resuming run from step 4" in train(trained, "--workdir", "run", "--steps", "5", "--data.records", "moved")
+
+
+def test_clipping_may_be_turned_off_and_on_in_a_resume(trained):
+    assert "resuming run from step 4" in train(trained, "--workdir", "run", "--steps", "5", "--optim.clip-norm", "0")
+    assert "resuming run from step 5" in train(trained, "--workdir", "run", "--steps", "6", "--optim.clip-norm", "0.5")
+    assert len(losses(trained, "run")) == 6
+
+
+def test_a_run_is_evaluated_from_any_folder_and_on_its_own_records(trained, tmp_path_factory):
+    def evaluate(cwd):
+        words = [sys.executable, "-m", "slimmoe_jax.evaluate", "--checkpoint", str(trained / "run"), "--batches", "2"]
+        return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True)
+
+    here, elsewhere = evaluate(trained), evaluate(tmp_path_factory.mktemp("elsewhere"))
+    assert here.returncode == elsewhere.returncode == 0, elsewhere.stderr
+    assert json.loads(here.stdout)["loss"] == json.loads(elsewhere.stdout)["loss"]
+    path = trained / "records" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["validation"]["files"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    done = evaluate(trained)
+    assert done.returncode == 2 and "was trained on other records" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, reference):

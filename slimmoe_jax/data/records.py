@@ -87,16 +87,22 @@ class Mixture:
         self.first = np.cumsum([0] + [len(split) for split in splits])
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Split.batch`. Among packed records, one of text is a single segment of which everything is to be predicted."""
+        """As `Split.batch`.
+
+        Among packed records, one of text is a single segment of which everything is to be predicted, and "text" [n] int32 says
+        which those are: where documents are to be segments, the step finds their ends (see `step.inputs_of`).
+        """
         out: dict[str, np.ndarray] = {}
         sources = np.searchsorted(self.first, indices, side="right") - 1
         for source in np.unique(sources):
             rows = sources == source
             part = self.splits[source].batch(indices[rows] - self.first[source])
+            if self.packed:
+                part["text"] = np.full(len(part["tokens"]), "segments" not in part, np.int32)
             if self.packed and "segments" not in part:
                 part |= {name: np.ones_like(part["tokens"]) for name in ("segments", "targets")}
             for name, values in part.items():
-                out.setdefault(name, np.empty((len(indices), values.shape[1]), np.int32))[rows] = values
+                out.setdefault(name, np.empty((len(indices), *values.shape[1:]), np.int32))[rows] = values
         return out
 
 
