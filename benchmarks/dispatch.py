@@ -2,10 +2,10 @@
 
     python benchmarks/dispatch.py [--tokens 65536] [--width 768] [--hidden 1536] [--experts 4] [--dtype bfloat16] [--gated]
 
-Tokens choose 2 experts each, evenly and at random; routing is not timed. `capacity` works by sequence, of `--length` tokens, with
-the default slots, so that it drops some choices; the others drop none. The dispatches take turns, each repeat is the mean of
-several calls in a row. The default sizes on a GPU are those of a layer of the 250M at 32 sequences of 2,048; elsewhere they are
-small, and `grouped`, whose kernels are interpreted there, is left out.
+Tokens choose 2 experts each, evenly and at random, or with `--mean 1.5` one or two; routing is not timed. `capacity` works by
+sequence, of `--length` tokens, with the default slots for 2 experts per token, so that it drops some choices; the others drop none.
+The dispatches take turns, each repeat is the mean of several calls in a row. The default sizes on a GPU are those of a layer of the
+250M at 32 sequences of 2,048; elsewhere they are small, and `grouped`, whose kernels are interpreted there, is left out.
 """
 
 import argparse
@@ -25,19 +25,21 @@ SIZES = {
     "gpu": dict(tokens=65_536, length=2_048, width=768, hidden=1_536, experts=4, dtype="bfloat16"),
     "cpu": dict(tokens=2_048, length=256, width=128, hidden=256, experts=4, dtype="float32"),
 }
-CHOICES = 2  # experts a token
+CHOICES = 2  # most experts per token
 
 
 def make_inputs(args: argparse.Namespace) -> tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]:
     """Tokens [B, S, D], gates and choices [B, S, E], and the weights of a layer, normal and small."""
-    keys = iter(jax.random.split(jax.random.key(0), 5))
+    keys = iter(jax.random.split(jax.random.key(0), 6))
     batch, dtype = (args.tokens // args.length, args.length), jnp.dtype(args.dtype)
     up, down = (args.experts, args.width, args.hidden), (args.experts, args.hidden, args.width)
     x = jax.random.normal(next(keys), (*batch, args.width), dtype)
     scores = jax.random.normal(next(keys), (*batch, args.experts))
     mask = scores >= jax.lax.top_k(scores, CHOICES)[0][..., -1:]
-    gates = jax.nn.softmax(scores) * mask
     stacks = [0.02 * jax.random.normal(next(keys), shape, dtype) for shape in (up, down, up)]
+    alone = jax.random.uniform(next(keys), (*batch, 1)) >= args.mean - 1
+    mask &= ~alone | (scores == scores.max(axis=-1, keepdims=True))
+    gates = jax.nn.softmax(scores) * mask
     return x, gates, mask, ExpertWeights(stacks[0], stacks[1], stacks[2] if args.gated else None)
 
 
@@ -72,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (SIZES.get(backend, SIZES["cpu"]) | dict(repeats=7, calls=10)).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="(default: %(default)s)")
+    parser.add_argument("--mean", type=float, default=2.0, help="experts per token, 1 to 2 (default: 2)")
     parser.add_argument("--gated", action="store_true", help="gated experts: three products instead of two")
     args = parser.parse_args()
     if args.tokens % args.length:
@@ -90,7 +93,7 @@ def main() -> None:
     print(machine("jax", "jaxlib", device=jax.devices()[0].device_kind if backend != "cpu" else ""))
     print(
         f"{args.tokens:,} tokens in sequences of {args.length:,}, width {args.width}, {args.experts} experts of {args.hidden}"
-        f"{', gated' if args.gated else ''}, {CHOICES} a token, {args.dtype}; milliseconds, median of {args.repeats} (range)\n"
+        f"{', gated' if args.gated else ''}, {args.mean:g} per token, {args.dtype}; ms, median of {args.repeats} (range)\n"
     )
     print(header(["dispatch", *passes["dense"]]))
     for method in methods:

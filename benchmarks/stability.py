@@ -58,7 +58,7 @@ def main() -> None:
     changes = {"steps": args.steps, "optim.schedule_steps": args.steps, "optim.warmup_steps": args.steps // 10}
     changes |= {"model.width": 64, "model.head_dim": 16, "model.expert_hidden": 128, "data.context": 128}
     base = config_lib.override(base, changes)
-    (opened, *_), mixture = loading.open_all(base.data, base.model)
+    opened, mixture = loading.open_all(base.data, base.model)
     version, device = importlib.metadata.version("jax"), jax.devices()[0].device_kind
     print(f"jax {version}, {device}; {args.steps} steps; x1 is {base.optim.learning_rate:g}\n")
     print("| | " + " | ".join(f"x{factor:g}" for factor in args.factors) + " |")

@@ -189,7 +189,7 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory} ({_reason(error)}): make room; {before}"
             ) from error
 
-    def _other_tree(self, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> str:
+    def _other_tree(self, step: int | None, items: dict[str, ocp.args.CheckpointArgs]) -> str:
         """How a checkpoint's arrays differ by name from those that were to be read; "" where they do not, or it cannot be told."""
         try:
             kept = self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests

@@ -82,8 +82,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-5  # added to the mean square in each RMSNorm
     init_std: float = 0.02  # normal initialisation; residual outputs are scaled by 1/sqrt(2 layers)
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # attention kernel; auto: cudnn in bfloat16 on NVIDIA, else xla
-    dispatch: Literal["auto", "dense", "capacity", "ragged", "grouped"] = "auto"  # how tokens reach experts; grouped: on one GPU
-    capacity_factor: float = 1.25  # slots an expert and sequence, relative to an even share of max_experts
+    dispatch: Literal["auto", "dense", "capacity", "ragged", "grouped"] = "auto"  # see docs/model.md; auto: ragged on a CPU, else capacity
+    capacity_factor: float = 1.25  # capacity: slots per expert and sequence, relative to an even share of max_experts
     router: RouterConfig = RouterConfig()
 
     @property
@@ -119,7 +119,7 @@ class DataConfig:
     batch_size: int = 32  # sequences a step, over all devices and accumulation
     validation_fraction: float = 0.005  # share of documents held out, chosen by a hash of their text
     min_characters: int = 8  # shorter documents are left out and counted
-    document_mask: bool = False  # attention and positions restart at each document
+    document_mask: bool = False  # attention and positions restart at each document of text
     workers: int = 0  # processes that read records; 0 reads in threads
 
     @property

@@ -94,8 +94,8 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
 
     # --- data ---
     with distributed.first_goes_first("records"):
-        opened, mixture = loading.open_all(config.data, config.model)
-    records = opened[0]
+        opened = loading.open_parts(config.data, config.model)
+    records, mixture = opened[0], loading.mixture(config.data, opened)
     if initial is not None:
         records_lib.check_same_tokenizer(records, initial.directory)
     if resuming:

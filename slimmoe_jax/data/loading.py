@@ -22,8 +22,14 @@ from slimmoe_jax.progress import say
 AUTO_PREPARE_BYTES = 2**30
 
 
-def open_all(data: DataConfig, model: ModelConfig) -> tuple[list[Records], Mixture]:
-    """The records of `data.source` and of each part of `data.mix`, and the training records of all of them by weight.
+def open_all(data: DataConfig, model: ModelConfig) -> tuple[Records, Mixture]:
+    """The records of `data.source`, and the training records of that and of `data.mix` by weight. Raises as `open_parts`."""
+    opened = open_parts(data, model)
+    return opened[0], mixture(data, opened)
+
+
+def open_parts(data: DataConfig, model: ModelConfig) -> list[Records]:
+    """The records of `data.source`, and of each part of `data.mix`.
 
     Raises:
       InputError: records are missing and their source is too large to prepare here, or they do not fit the config or differ from
@@ -31,8 +37,8 @@ def open_all(data: DataConfig, model: ModelConfig) -> tuple[list[Records], Mixtu
     """
     _check_vocabulary(data, model)
     main = _open_or_prepare(data, model)
-    opened, weights = [main], [1.0]
-    for weight, part in config_lib.mixed(data):
+    opened = [main]
+    for _, part in config_lib.mixed(data):
         records = _open_or_prepare(prepare.with_tokenizer(part, main.directory), model)
         if records.fingerprint != main.fingerprint:
             raise InputError(
@@ -40,9 +46,18 @@ def open_all(data: DataConfig, model: ModelConfig) -> tuple[list[Records], Mixtu
                 f" {main.directory}"
             )
         opened.append(records)
-        weights.append(weight)
-    splits = [_first(main, data.train_records), *(records.split("train") for records in opened[1:])]
-    return opened, Mixture(splits, weights)
+    return opened
+
+
+def mixture(data: DataConfig, opened: Sequence[Records]) -> Mixture:
+    """The training records of what `open_parts` opened, by weight.
+
+    Raises:
+      InputError: there are fewer than `data.train_records`.
+    """
+    main, *others = opened
+    weights = [1.0, *(weight for weight, _ in config_lib.mixed(data))]
+    return Mixture([_first(main, data.train_records), *(records.split("train") for records in others)], weights)
 
 
 def _first(records: Records, number: int) -> Split:

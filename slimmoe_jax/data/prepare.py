@@ -31,7 +31,7 @@ from slimmoe_jax import cli, config, files
 from slimmoe_jax.config import DataConfig, InputError
 from slimmoe_jax.data import packing, records, tokenizers, units
 from slimmoe_jax.data import sources as sources_lib
-from slimmoe_jax.data.sources import Interrupted, Source
+from slimmoe_jax.data.sources import FINGERPRINT_VERSION, Interrupted, Source
 from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
 from slimmoe_jax.locking import locked
 from slimmoe_jax.progress import Meter, say, short, waiting
@@ -128,10 +128,10 @@ def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
 
 
 def check_made_for(data: DataConfig, directory: Path) -> None:
-    """Refuses records that are not those that the config would be prepared to now, as far as that can be told.
+    """Refuses records other than those that the config would be prepared to now, as far as can be told.
 
-    A source that is not here, such as the hub's, is compared by its name. One that is here is compared by its text, and may go by
-    another name. So is a tokenizer's file.
+    A source that is here is compared by its text, so that it may go by another path; one that is not, by its name. Records of the
+    user's own making are compared in the settings that they state.
 
     Raises:
       InputError: names what differs.
@@ -140,7 +140,7 @@ def check_made_for(data: DataConfig, directory: Path) -> None:
     made = manifest.get("settings")
     if not isinstance(made, dict):
         return
-    asked = _asked(data, manifest)
+    asked = _asked(data, made, manifest["tokenizer"]["fingerprint"])
     if any(made.get(name) != value for name, value in asked.items()):
         raise InputError(
             f"{directory} holds other records than the config asks for ({_difference(made, asked)}): remove it to prepare them"
@@ -148,18 +148,22 @@ def check_made_for(data: DataConfig, directory: Path) -> None:
         )
 
 
-def _asked(data: DataConfig, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The settings that records of this config have, without those that cannot be told or do not matter to them."""
-    fields = ["format", "split", "validation_fraction"]
-    fields += {"text": ["min_characters"], "multiple_choice": ["choice_style"]}.get(data.format, [])
-    asked = {name: getattr(data, name) for name in fields} | {"text_field": data.field}
-    if data.source.startswith(("hub:", "stdlib")) or Path(data.source).expanduser().exists():
+def _asked(data: DataConfig, made: dict[str, Any], tokenizer: str) -> dict[str, Any]:
+    """The settings of this config that decide whether records made with `made` and a tokenizer of that fingerprint are its own."""
+    asked: dict[str, Any] = {"format": data.format, "split": data.split}
+    if data.format == "multiple_choice":
+        asked["choice_style"] = data.choice_style
+    shaping = {"text_field": data.field, "validation_fraction": data.validation_fraction}
+    shaping |= {"min_characters": data.min_characters} if data.format == "text" else {}
+    asked |= {name: value for name, value in shaping.items() if name in made}
+    comparable = str(made.get("source_fingerprint")).startswith(FINGERPRINT_VERSION)
+    if comparable and (data.source.startswith(("hub:", "stdlib")) or Path(data.source).expanduser().exists()):
         asked["source_fingerprint"] = open_source(data).fingerprint
     else:
         asked["source"] = data.source
     if data.train_tokenizer:
-        asked["train_tokenizer"] = data.train_tokenizer
-    elif (fingerprint := tokenizers.load(data.tokenizer).fingerprint) != manifest["tokenizer"]["fingerprint"]:
+        asked |= {"train_tokenizer": data.train_tokenizer} if "train_tokenizer" in made else {}
+    elif (fingerprint := tokenizers.load(data.tokenizer).fingerprint) != tokenizer:
         asked["tokenizer"] = fingerprint
     return asked
 
@@ -170,7 +174,8 @@ def _difference(old: Any, new: dict[str, Any]) -> str:
         before = old.get(name) if isinstance(old, dict) else None
         if before != value:
             if name == "source_fingerprint":
-                return "the source has changed since"
+                known = str(before).startswith(FINGERPRINT_VERSION)
+                return "the source has changed since" if known else "an earlier version, which knew less of the source, made them"
             if name == "tokenizer" and isinstance(before, str) and len(before) == len(value) == 64:  # sums of both
                 return f"the tokenizer has changed since, from sha256 {before[:12]} to {value[:12]}"
             return f"data.{name} = {before}, not {value}"

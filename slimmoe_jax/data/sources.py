@@ -23,6 +23,7 @@ from slimmoe_jax.data import folders, reading, stdlib, tables
 from slimmoe_jax.data.reading import Field, Unit
 from slimmoe_jax.progress import say
 
+FINGERPRINT_VERSION = "2:"  # how fingerprints begin; those of version 1, of names and sizes alone, had no such mark
 _TXT_DOCUMENT = 2**14
 
 
@@ -52,7 +53,7 @@ class Source:
         Raises:
           InputError: a file cannot be read.
         """
-        return self.digest()
+        return FINGERPRINT_VERSION + self.digest()
 
 
 def open_source(spec: str, field: Field = "text", split: str = "", form: str = "text") -> Source:
