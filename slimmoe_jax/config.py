@@ -82,7 +82,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5  # added to the mean square in each RMSNorm
     init_std: float = 0.02  # normal initialisation; residual outputs are scaled by 1/sqrt(2 layers)
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # attention kernel; auto: cudnn in bfloat16 on NVIDIA, else xla
-    dispatch: Literal["auto", "dense", "capacity", "ragged", "grouped"] = "auto"  # see docs/model.md; auto: ragged on a CPU, else capacity
+    dispatch: Literal["auto", "dense", "capacity", "ragged", "grouped"] = "auto"  # auto: ragged on a CPU, else capacity
     capacity_factor: float = 1.25  # capacity: slots per expert and sequence, relative to an even share of max_experts
     router: RouterConfig = RouterConfig()
 
