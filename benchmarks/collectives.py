@@ -43,7 +43,8 @@ def compiled_step() -> str:
     config = config_lib.load(args.config)
     changes = {"mesh": MeshConfig(fsdp=args.fsdp, expert=args.expert), "data.batch_size": args.devices * args.rows}
     changes |= {"optim.accumulate": 1} | ({"model.layers": args.layers} if args.layers else {})
-    config = config_lib.override(config, changes)
+    # What `auto` is on a GPU. On a CPU, where this is compiled, it would be another dispatch.
+    config = config_lib.override(config, changes | {"model.dispatch": "capacity"})
     mesh = sharding.make_mesh(config.mesh)
     like = state.abstract(config, mesh)
     shape = (config.data.batch_size, config.data.context + 1)

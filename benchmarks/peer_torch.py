@@ -258,7 +258,7 @@ class Result:
 
 def candidates(form: str, sizes: list[int], gpu: bool, sides: Sequence[str] = SIDES) -> list[list[Side]]:
     """Sides to try. Of each list the fastest is compared."""
-    ours = ("capacity", "grouped") if gpu else ("capacity", "dense")
+    ours = ("capacity", "grouped") if gpu else ("ragged", "capacity", "dense")
     theirs = {"torch": ("grouped", "dense") if gpu else ("dense", "loop", "grouped")}
     if form == "mixtral":
         theirs["mixtral"] = ("grouped_mm",) if gpu else ("grouped_mm", "eager")
