@@ -218,8 +218,7 @@ def load(path: str | Path) -> TrainConfig:
     if path.is_dir():
         path = path / "config.json"
     if path.suffix == ".json" and path.is_file():
-        config: TrainConfig = from_json(_read_json(path), str(path))
-        return as_trained(config, path.parent)
+        return as_trained(as_written(path.parent, path.name), path.parent)
     return run_file(path, TrainConfig, ", or a run's config.json")[0]
 
 
@@ -416,14 +415,32 @@ def records_dir(data: DataConfig) -> Path:
     return Path("data") / f"{slug}-{data.context}-{digest}"
 
 
+def as_written(run: Path, name: str = "config.json") -> TrainConfig:
+    """A run's config with its paths as they were given.
+
+    Raises:
+      InputError: it is missing, is not a config, or holds an unknown field or a value of the wrong type.
+    """
+    config: TrainConfig = from_json(_read_json(run / name), str(run / name))
+    return config
+
+
 def as_trained(config: TrainConfig, run: Path) -> TrainConfig:
     """A run's config as it reads from the current folder: relative paths lead to where they led when the run was trained."""
+    folder = trained_in(run)
+    return config if folder == Path.cwd() else placed(config, folder)
+
+
+def trained_in(run: Path) -> Path:
+    """The folder in which a run was trained; the current one where it does not say."""
     try:
-        folder = Path(json.loads((run / RECORDS_FILE).read_text())["folder"])
+        return Path(json.loads((run / RECORDS_FILE).read_text())["folder"])
     except (OSError, ValueError, KeyError, TypeError):  # an older run, or none
-        return config
-    if folder == Path.cwd():
-        return config
+        return Path.cwd()
+
+
+def placed(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The config with absolute paths in place of those that lead somewhere from `folder`."""
     data = config.data
     data = dataclasses.replace(
         data,

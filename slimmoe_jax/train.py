@@ -237,7 +237,12 @@ def _check_resumable(config: TrainConfig, workdir: Path) -> None:
         raise InputError(f"--workdir {workdir}: {place} cannot be written to: give another folder")
     if not _holds_run(workdir):
         return
-    differing = config_lib.differences(config_lib.load(workdir), config)
+    # Paths may be given as they were, on another machine too, or otherwise and lead to the same place. Whether that still holds the
+    # same is for the run's records to say.
+    written = config_lib.as_written(workdir)
+    then, now = config_lib.placed(written, config_lib.trained_in(workdir)), config_lib.placed(config, Path.cwd())
+    elsewhere = config_lib.differences(then, now)
+    differing = {name: pair for name, pair in config_lib.differences(written, config).items() if name in elsewhere}
     differing.pop("init_from", None)  # it has done its work
     for name, (old, new) in differing.items():
         if not name.startswith(MAY_CHANGE) or name == "optim.skip_window":  # which is the shape of what is saved

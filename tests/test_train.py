@@ -321,6 +321,20 @@ def test_a_moved_folder_of_records_is_still_the_runs(trained):
     assert "resuming run from step 4" in train(trained, "--workdir", "run", "--steps", "5", "--data.records", "moved")
 
 
+def test_a_run_resumes_in_another_folder_by_the_same_command_and_by_its_config(trained, tmp_path_factory):
+    """By the same command the text is there again, and gives the same records; by its own config the old one is read."""
+    other = tiny.write(tmp_path_factory.mktemp("other"), TINY)
+    train(other, "--workdir", trained / "run", "--steps", "5")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = tiny.train_command("--workdir", trained / "run", "--steps", "6")
+    command[command.index("tiny.py")] = str(trained / "run" / "config.json")
+    done = subprocess.run(command, cwd=elsewhere, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(trained, "run")) == 6 and not list(elsewhere.iterdir())
+    train(other, "--workdir", trained / "run", "--steps", "7")
+    refused(trained, "holds a run with data.source", "--workdir", "run")  # whose text was elsewhere the last two times
+
+
 def test_clipping_may_be_turned_off_and_on_in_a_resume(trained):
     assert "resuming run from step 4" in train(trained, "--workdir", "run", "--steps", "5", "--optim.clip-norm", "0")
     assert "resuming run from step 5" in train(trained, "--workdir", "run", "--steps", "6", "--optim.clip-norm", "0.5")
