@@ -230,8 +230,11 @@ def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str,
     model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory, run.config.model.vocab_size)
     records = None
     if not to_do or args.held_out or args.by_position != "no":
-        records = records_lib.open_records(args.records) if args.records else loading.of_run(run.directory, run.config)
-        records_lib.check_same_tokenizer(records, run.directory)
+        if args.records:
+            records = records_lib.open_records(args.records)
+            records_lib.check_same_tokenizer(records, run.directory)
+        else:
+            records = loading.of_run(run.directory, run.config)
 
     behind, lost = contamination.stages(run.directory, run.config)
     result = _provenance(run, tokenizer, behind, lost)

@@ -51,14 +51,12 @@ def inputs_of(batch: Batch, end_token: int | None) -> dict[str, jax.Array]:
         within = batch["segments"][:, 1:] == segments  # nothing is predicted across a border
         if end_token is not None and "text" in batch:
             segments = jnp.where(batch["text"][:, None] > 0, 1 + _documents(tokens, end_token), segments)
-        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
         inputs["weights"] = jnp.where(within, batch["targets"][:, 1:], 0).astype(jnp.float32)
         inputs |= {"segments": segments, "valid": segments > 0}
     elif end_token is not None:
-        segments = _documents(tokens, end_token)
-        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-        inputs |= {"segments": segments, "valid": jnp.ones(tokens.shape, bool)}
+        inputs |= {"segments": _documents(tokens, end_token), "valid": jnp.ones(tokens.shape, bool)}
     if "segments" in inputs:
+        starts = jnp.pad(inputs["segments"][:, 1:] != inputs["segments"][:, :-1], ((0, 0), (1, 0)))
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         inputs["positions"] = place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
     if "weight" in batch:

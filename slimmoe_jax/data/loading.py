@@ -83,7 +83,7 @@ def _open_or_prepare(data: DataConfig, model: ModelConfig) -> Records:
     directory = config_lib.records_dir(data)
     if (directory / "manifest.json").exists():
         records = open_records(directory, data.context, model)
-        prepare.check_made_for(data, directory)
+        prepare.check_made_for(data, records)
         return records
     source = prepare.open_source(data)
     if not source.local or source.total_bytes > AUTO_PREPARE_BYTES:

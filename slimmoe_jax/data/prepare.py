@@ -127,7 +127,7 @@ def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
     }
 
 
-def check_made_for(data: DataConfig, directory: Path) -> None:
+def check_made_for(data: DataConfig, opened: records.Records) -> None:
     """Refuses records other than those that the config would be prepared to now, as far as can be told.
 
     A source that is here is compared by its text, so that it may go by another path; one that is not, by its name. Records of the
@@ -136,15 +136,14 @@ def check_made_for(data: DataConfig, directory: Path) -> None:
     Raises:
       InputError: names what differs.
     """
-    manifest = records.open_records(directory).manifest
-    made = manifest.get("settings")
+    made = opened.manifest.get("settings")
     if not isinstance(made, dict):
         return
-    asked = _asked(data, made, manifest["tokenizer"]["fingerprint"])
+    asked = _asked(data, made, opened.fingerprint)
     if any(made.get(name) != value for name, value in asked.items()):
         raise InputError(
-            f"{directory} holds other records than the config asks for ({_difference(made, asked)}): remove it to prepare them"
-            " again, or name another folder with --data.records"
+            f"{opened.directory} holds other records than the config asks for ({_difference(made, asked)}): remove it to prepare"
+            " them again, or name another folder with --data.records"
         )
 
 
