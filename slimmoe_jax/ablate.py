@@ -3,8 +3,8 @@
 `python -m slimmoe_jax.ablate --config configs/ablations/kv_schedules.py --out DIR [--seeds 0 1 2] [--jobs 2] [--dry-run]`
 
 DIR gets `arms/ARM/seed_N/` (ordinary runs, with `result.json` when done), `results.csv`, `report.md`, `report.html` and `figures/`.
-The same command goes on where an earlier one stopped: finished arms are kept, and more --seeds add to them. An arm that fails is
-reported, and the rest go on.
+The same command continues where an earlier one stopped: finished arms are kept, and more --seeds add to them. An arm that fails is
+reported, and the rest go on. However the command ends, its arms on this machine save and end with it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import json
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +21,17 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from slimmoe_jax import cli, files, metrics
+from slimmoe_jax import cli, files, locking, metrics
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.data import loading
-from slimmoe_jax.progress import clock, short
+from slimmoe_jax.progress import clock, say, short
 from slimmoe_jax.study import arm as arm_lib
-from slimmoe_jax.study import design, launch, pages
+from slimmoe_jax.study import design, launch, measure, pages
 from slimmoe_jax.study.design import Arm, Study
 from slimmoe_jax.study.measure import Effort
+from slimmoe_jax.terminal import one_line, printable
 
 # What is assumed of a device's peak until an arm has been timed.
 ASSUMED_MFU = 0.25
@@ -54,22 +54,31 @@ def main(argv: Sequence[str]) -> int:
     study, args = parse([word for word in argv if word != "--dry-run"])
     out = Path(args.out or f"ablations/{study.name}")
     tasks = _tasks(study, out)
-    print(plan(study, args, tasks))
     if dry_run:
+        print(printable(plan(study, args, tasks)))
         return 0
+    pages.check_folder(out, "--out")
+    with locking.one_writer(out, "ablate", "give another --out"):
+        print(printable(plan(study, args, tasks)), flush=True)
+        return run(study, args, tasks, out)
+
+
+def run(study: Study, args: AblateArgs, tasks: Sequence[_Task], out: Path) -> int:
+    """Runs what is not finished, and writes the tables and the report. Returns the exit code: 1 where an arm failed."""
     effort = Effort(texts=str(Path(args.texts).absolute()) if args.texts else "")
     for task in tasks:
         arm_lib.write_spec(task.folder, task.arm, task.config, effort)
     for data, model in {task.config.data: task.config.model for task in tasks if not task.done}.items():
         loading.open_all(data, model)  # once, before several arms would begin to
-    failed = _Runner(tasks, _launcher(args, out)).run()
+    runner = _Runner(tasks, _launcher(args, out))
+    failed = runner.run()
     results = [task.result() for task in tasks if task.done]
     if results:
         write_csv(results, out / "results.csv")
         pages.study_report(study, results, [(t.arm.name, t.config.seed) for t in failed], out)
-        print(f"{len(results)} of {len(tasks)} runs finished; tables and figures: {out / 'report.html'}")
+        print(printable(f"{len(results)} of {len(tasks)} runs finished; tables and figures: {out / 'report.html'}"))
     for task in failed:
-        print(f"failed: {task.folder / 'log.txt'}: {task.last_words()}", file=sys.stderr)
+        say(f"failed: {task.log}: {runner.words[task]}")
     return 1 if failed else 0
 
 
@@ -112,11 +121,27 @@ class _Task:
     def done(self) -> bool:
         return (self.folder / "result.json").exists()
 
+    @property
+    def log(self) -> Path:
+        """What the arm's processes say, one after another."""
+        return self.folder / "log.txt"
+
     def result(self) -> dict[str, Any]:
+        """The arm's result.json, and its "folder".
+
+        Raises:
+          InputError: it is damaged, or of another arm or seed.
+        """
+        path = self.folder / "result.json"
         try:
-            return json.loads((self.folder / "result.json").read_text()) | {"folder": str(self.folder)}
+            found: dict[str, Any] = files.read_json(path)
+            measure.check_result(found)
+            for name, value in (("arm", self.arm.name), ("levels", dict(self.arm.levels)), ("seed", self.config.seed)):
+                if found.get(name) != value:
+                    raise ValueError(f"{name} is {found.get(name)}, not {value}")
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder / 'result.json'} is damaged ({error}): remove it, and it is measured anew") from error
+            raise InputError(f"{path} is damaged ({error}): remove it, and the arm is measured again") from error
+        return found | {"folder": str(self.folder)}
 
     def now(self) -> str:
         """How far the arm's training is."""
@@ -125,12 +150,10 @@ class _Task:
             return "starting"
         if last["step"] >= self.config.steps:
             return "measuring"
-        return f"{last['step']}/{self.config.steps} {last['loss']:.3f}"
-
-    def last_words(self) -> str:
-        log = self.folder / "log.txt"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-        return lines[-1][:300] if lines else "it said nothing"
+        loss = last.get("loss")
+        return (
+            f"{last['step']}/{self.config.steps} {loss:.3f}" if measure.is_number(loss) else f"{last['step']}/{self.config.steps}"
+        )
 
 
 def _tasks(study: Study, out: Path) -> list[_Task]:
@@ -184,13 +207,17 @@ class _Runner:
         self._to_do = len(self._waiting)
         self._running: dict[_Task, launch.Job] = {}
         self._failed: list[_Task] = []
+        self.words: dict[_Task, str] = {}  # of those that failed
         self._losses = {task: task.result()["validation_loss"] for task in tasks if task.done}  # read once, shown often
         self._console = Console(stderr=True)
         self._started = time.monotonic()
 
     def run(self) -> list[_Task]:
-        """Runs all, and returns those that failed. On a signal, running arms save and end first."""
-        before = signal.signal(signal.SIGTERM, _raise_terminated)
+        """Runs all, and returns those that failed. On a signal, and whatever else ends this, running arms save and end first."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        for number in before:
+            if before[number] is not signal.SIG_IGN:  # as nohup has SIGHUP
+                signal.signal(number, _raise_terminated)
         try:
             with Live(console=self._console, refresh_per_second=2, transient=False, auto_refresh=False) as live:
                 while self._waiting or self._running:
@@ -199,19 +226,20 @@ class _Runner:
                     self._collect()
                     if self._console.is_terminal:
                         live.update(self._table(), refresh=True)
-        except (KeyboardInterrupt, SystemExit):
-            self._note("stopping: running arms save; the same command goes on from there")
-            for job in self._running.values():
-                job.stop()
+        except BaseException:
+            if self._running:
+                self._note("stopping: running arms save; rerun the same command to continue from there")
+            launch.stop_all(self._running.values())
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return self._failed
 
     def _start(self) -> None:
         while self._waiting and self._launcher.free():
             task = self._waiting.popleft()
-            self._running[task] = self._launcher.start(launch.arm_command(task.folder), task.folder / "log.txt")
+            self._running[task] = self._launcher.start(launch.arm_command(task.folder), task.log)
 
     def _collect(self) -> None:
         for task, job in list(self._running.items()):
@@ -226,7 +254,8 @@ class _Runner:
                 self._note(f"{over}/{len(self._tasks)} {name}: validation loss {loss:.4f}{self._left()}")
             else:
                 self._failed.append(task)
-                self._note(f"{over}/{len(self._tasks)} {name}: failed with exit code {code}: {task.last_words()}")
+                words = self.words[task] = launch.last_words(task.log, job.begin)
+                self._note(f"{over}/{len(self._tasks)} {name}: failed with exit code {code}: {words}")
 
     def _left(self) -> str:
         to_go = len(self._waiting) + len(self._running)
@@ -235,7 +264,7 @@ class _Runner:
         return f", {clock(elapsed)}" + (f", about {clock(elapsed / finished * to_go)} to go" if finished and to_go else "")
 
     def _note(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         seeds = sorted({task.config.seed for task in self._tasks})
@@ -244,7 +273,7 @@ class _Runner:
         for task in self._tasks:
             cells[task.arm.name][task.config.seed] = self._cell(task)
         for name, by_seed in cells.items():
-            table.add_row(name, *(by_seed[seed] for seed in seeds))
+            table.add_row(Text(one_line(name)), *(by_seed[seed] for seed in seeds))
         return table
 
     def _cell(self, task: _Task) -> str:
@@ -276,7 +305,7 @@ COLUMNS = (
 def write_csv(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A row for each arm and seed; a cell is empty where the figure does not exist for the arm."""
     axes = list(results[0]["levels"])
-    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with files.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", *axes, "seed", *COLUMNS])
         for result in results:

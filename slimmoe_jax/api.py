@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from slimmoe_jax import checkpoint, decoding, evaluate, sampling, sharding, state
 from slimmoe_jax.checkpoint import Run
-from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
+from slimmoe_jax.config import InputError, MeshConfig, TrainConfig, shown
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.decoding import Weights
@@ -90,15 +90,22 @@ class Trained:
           temperature: 0 is greedy; the others are off at their defaults, see `Sampling`.
         Returns: the prompt and its continuation as text; a list of them where `prompt` is one.
         Raises:
-          InputError: a prompt is empty, or a setting is out of its range.
+          InputError: a prompt is empty or not valid UTF-8, or a setting is out of its range.
         """
         settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         sampling.check(settings)
-        prompts = [decoding.encode_text(text, self.tokenizer) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        sampling.check_length("tokens", tokens)
+        sampling.check_seed("seed", seed)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts:
+            raise InputError("there is no prompt: give at least one")
+        for text in texts:
+            _check_text("prompt", text)
+        prompts = [decoding.encode_text(text, self.tokenizer) for text in texts]
         kept = [decoding.newest(ids, self.config.data.context, tokens) for ids in prompts]
         continuations = decoding.generate_batch(self._weights, kept, settings, new_tokens=tokens, seed=seed)
-        texts = [self.tokenizer.decode(ids + more) for ids, more in zip(prompts, continuations, strict=True)]
-        return texts[0] if isinstance(prompt, str) else texts
+        wholes = [self.tokenizer.decode(ids + more) for ids, more in zip(prompts, continuations, strict=True)]
+        return wholes[0] if isinstance(prompt, str) else wholes
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, tokens: int = 100, temperature: float = 0.8, seed: int = 0) -> str:
         """The assistant's reply.
@@ -107,17 +114,23 @@ class Trained:
           messages: {"role", "content"}: the system's turn if there is one, then the user's and the assistant's in turn; the
             oldest exchanges are left out where the context has no room for them.
         Raises:
-          InputError: these are no turns of a conversation, or the newest does not fit.
+          InputError: these are no turns of a conversation, the newest does not fit, or a setting is out of its range.
         """
+        settings, context = Sampling(temperature=temperature), self.config.data.context
+        sampling.check(settings)
+        sampling.check_length("tokens", tokens)
+        sampling.check_seed("seed", seed)
         try:
             turns = chat.turns_of(messages)
         except ValueError as error:
             raise InputError(f"messages: {error}: give a list of {{'role', 'content'}}, the user's turn last") from error
         if not turns or turns[-1].role != "user":
             raise InputError("messages end without a turn of the user: there is nothing to reply to")
-        _, prompt = chat.fit_history(turns, self.tokenizer, self.config.data.context - tokens)
-        settings = Sampling(temperature=temperature)
-        sampling.check(settings)
+        for turn in turns:
+            _check_text("messages", turn.content)
+        if tokens >= context:
+            raise InputError(f"tokens = {tokens} leaves no room for a prompt in a context of {context}: lower it")
+        _, prompt = chat.fit_history(turns, self.tokenizer, context - tokens)
         (reply,) = decoding.generate_batch(self._weights, [prompt], settings, new_tokens=tokens, seed=seed)
         return self.tokenizer.decode(reply).strip()
 
@@ -138,6 +151,15 @@ class Trained:
     @functools.cached_property
     def _weights(self) -> Weights:
         return Weights(self.model, decoding.cast_once(self.params, self.model.dtype), self.router, self.tokenizer.end_token)
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{name} = {shown(text)}: give text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} = {shown(text)} is not valid UTF-8: give text without surrogates") from error
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -4,40 +4,58 @@ A checkpoint is a folder `checkpoints/STEP/` with five items: `weights` (paramet
 generation and export need), `optimizer` (moments, step, dropout key, loss window), `data` (the iterator's state), `config`,
 and `digests` of what is in the others. A folder gets its name only when it is complete, so a run that is killed while saving
 keeps its previous checkpoint and loses nothing else. What is read is compared with its digest: a run whose newest checkpoint
-is damaged goes on from the one before, and the damaged one is set aside in `damaged/`.
+is damaged goes on from the one before, and the damaged one is set aside in `damaged/`. Weights that are not finite are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import digests, distributed
+from slimmoe_jax import digests, distributed, files, metrics
 from slimmoe_jax import state as state_lib
 from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.locking import LOCK_FILE
+from slimmoe_jax.progress import short
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.state import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and of a failed one each task, of which one comes back as an error
+# Orbax narrates every save, and prints a failed one from each thread and task; the failure itself comes back as an exception.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+_ATTEMPTS = 20  # to list and to read checkpoints that a training removes meanwhile
+# What a checkpoint takes on the disk at least, as a share of its arrays' bytes: compression saves some 7% on floats, and more only
+# where many of them are zero.
+_COMPRESSED = 0.9
 
 
 class DamagedError(InputError):
     """A checkpoint cannot be read, or is not what was saved."""
+
+
+class GoneError(InputError):
+    """A checkpoint was removed while it was read, or before."""
 
 
 class Checkpoints:
@@ -46,8 +64,18 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, config: TrainConfig | None = None):
         """Opens WORKDIR/checkpoints; with a config for writing, without one for reading."""
         self.directory = Path(workdir).absolute() / "checkpoints"
+        self._writes = config is not None
+        if self._writes:
+            _hush_late_callbacks()
         self.damaged: list[str] = []  # what `restore` found to be wrong with checkpoints that it set aside
-        self._manager = ocp.CheckpointManager(
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(FileNotFoundError):  # a training removed one while Orbax listed them
+                self._manager = self._open(config)
+                return
+        self._manager = self._open(config)
+
+    def _open(self, config: TrainConfig | None) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 read_only=config is None,
@@ -70,6 +98,11 @@ class Checkpoints:
         losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         losses = {step: _validation_loss(metrics) for step, metrics in losses.items() if metrics}
         return min(losses, key=lambda step: losses[step], default=None)
+
+    @property
+    def steps(self) -> list[int]:
+        """The complete steps, as they were when this was opened, and as they were saved since."""
+        return sorted(self._manager.all_steps())
 
     def save(
         self, step: int, state: TrainState, data: dict[str, Any], config: TrainConfig, validation_loss: float | None = None
@@ -110,7 +143,7 @@ class Checkpoints:
         `damaged`, and `damaged` says what was wrong with them.
 
         Raises:
-          InputError: no checkpoint, one of weights alone, or none that is whole and of this model.
+          InputError: no checkpoint, one of weights alone, none that is whole and of this model, or weights that are not finite.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         found: dict[int, DamagedError] = {}
@@ -133,7 +166,26 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(optimizer),
             data=ocp.args.JsonRestore(),
         )
+        step = self.latest if step is None else step
+        self._check_finite(step, items.weights, lambda older: f"move it away to resume from step {older}")
         return TrainState(**items.weights, **items.optimizer), items.data
+
+    def _check_finite(self, step: int | None, weights: Any, otherwise: Callable[[int], str]) -> None:
+        """Refuses weights with a NaN or an infinity. Values of the optimizer and the window may be infinite.
+
+        Args:
+          otherwise: what to do, given the number of an older checkpoint.
+        """
+        wrong = digests.not_finite(weights)
+        if not wrong:
+            return
+        (name, count), more = next(iter(wrong.items())), len(wrong) - 1
+        older = [s for s in self.steps if s < (step or 0)]
+        remedy = otherwise(max(older)) if older else "train again"
+        raise InputError(
+            f"checkpoint {self.directory / str(step)} holds weights that are not finite ({name}: {count}"
+            f"{f', and {more} more arrays' if more else ''}): {remedy}, with a lower optim.learning_rate"
+        )
 
     def _set_aside(self, found: dict[int, DamagedError]) -> None:
         """Moves damaged checkpoints away, so that their steps can be saved again and none of them counts among those to keep."""
@@ -148,10 +200,21 @@ class Checkpoints:
             distributed.wait("damaged checkpoints set aside")
             self._manager.reload()
 
-    def restore_weights(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[Any, RouterState]:
-        """Parameters and router state alone."""
+    def restore_weights(
+        self, config: TrainConfig, mesh: Mesh, step: int | None = None, finite: bool = True
+    ) -> tuple[Any, RouterState]:
+        """Parameters and router state alone.
+
+        Args:
+          finite: refuse values that are not.
+        Raises:
+          InputError: no such checkpoint, a damaged one, or weights that are not finite.
+        """
         weights, _ = _items(state_lib.abstract(config, mesh))
         items = self._restore(step, weights=ocp.args.StandardRestore(weights))
+        if finite:
+            run, step = self.directory.parent, self.latest if step is None else step
+            self._check_finite(step, items.weights, lambda older: f"give an older one, {run}/{older}, or train again")
         return items.weights["params"], items.weights["router"]
 
     def config(self, step: int | None = None) -> TrainConfig:
@@ -183,11 +246,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            kept = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
-            before = f"the same command goes on from step {kept[-1]}" if kept else "there is none yet"
-            raise InputError(
-                f"a checkpoint could not be saved in {self.directory} ({_reason(error)}): make room; {before}"
-            ) from error
+            kept = _numbered(self.directory)
+            before = f"the same command resumes from step {kept[-1]}" if kept else "there is none yet"
+            number = files.refused_write(error)
+            advice = f"{files.ADVICE[number]}; " if number else ""
+            raise InputError(f"a checkpoint could not be saved in {self.directory} ({_reason(error)}): {advice}{before}") from error
 
     def _other_tree(self, step: int | None, items: dict[str, ocp.args.CheckpointArgs]) -> str:
         """How a checkpoint's arrays differ by name from those that were to be read; "" where they do not, or it cannot be told."""
@@ -212,10 +275,9 @@ class Checkpoints:
             )
 
     def _restore(self, step: int | None, **items: ocp.args.CheckpointArgs) -> Any:
-        steps = sorted(self._manager.all_steps())
         step = self.latest if step is None else step
-        if step not in steps:
-            have = f"it holds steps {steps}" if steps else "train one first, or name another run's folder"
+        if step not in self.steps:
+            have = f"it holds steps {self.steps}" if self.steps else "train one first, or name another run's folder"
             raise InputError(f"no checkpoint {'' if step is None else step} in {self.directory}: {have}")
         try:
             if (self.directory / str(step) / "digests").is_dir():
@@ -224,15 +286,97 @@ class Checkpoints:
             _compare_digests(restored)
             return restored
         except Exception as error:
+            if not self._writes:
+                self._check_there(step)
             if difference := self._other_tree(step, items):
                 raise InputError(
                     f"checkpoint {self.directory / str(step)} is whole, but not of this config and version ({difference}): start"
                     f" another run from its weights, by --init-from {self.directory.parent} and a --workdir of its own"
                 ) from error
-            reason = _reason(error)
-            others = [s for s in steps if s != step]
-            mend = f"remove that folder to go on from step {max(others)}" if others else "there is no other in this run"
-            raise DamagedError(f"checkpoint {self.directory / str(step)} cannot be read ({reason}): {mend}") from error
+            raise DamagedError(
+                f"checkpoint {self.directory / str(step)} cannot be read ({_reason(error)}): {self._instead(step)}"
+            ) from error
+
+    def _check_there(self, step: int) -> None:
+        """Raises GoneError where a checkpoint that could not be read has been removed, or is being removed."""
+        folder = self.directory / str(step)
+        deadline = time.monotonic() + 2.0
+        # The oldest ones of a run are removed after newer ones were saved. A folder that is being removed stands a while.
+        rotated = any(other not in self.steps for other in _numbered(self.directory))
+        rotated |= step != self.latest and _in_use(self.directory.parent)
+        while folder.exists() and rotated and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not folder.exists():
+            have = _numbered(self.directory)
+            raise GoneError(
+                f"checkpoint {folder} is gone, removed while it was to be read (a training keeps checkpoint.keep_last of them):"
+                f" {f'{self.directory} has steps {have} now' if have else 'there is no other'}"
+            )
+
+    def _instead(self, step: int) -> str:
+        """What to do where a checkpoint is damaged."""
+        others = [s for s in self.steps if s != step]
+        if not others:
+            return "there is no other in this run"
+        if not self._writes and _in_use(self.directory.parent):
+            return f"a training is at work in this run: name another step, {self.directory.parent}/{max(others)}"
+        return f"remove that folder to go on from step {max(others)}"
+
+
+def check_room(workdir: Path, config: TrainConfig) -> None:
+    """Refuses a disk that has less room than one checkpoint takes: weights and two moments of AdamW, 4 bytes each.
+
+    Raises:
+      InputError: says what is needed and what there is.
+    """
+    needed = int(sum(metrics.parameter_counts(config.model).values()) * 3 * 4 * _COMPRESSED)
+    place = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"--workdir {workdir}: one checkpoint of this model takes about {short(needed)}B, and its disk has {short(free)}B free:"
+            " make room, or give a folder on another disk"
+        )
+
+
+def _numbered(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, as it is now."""
+    try:
+        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    except OSError:
+        return []
+
+
+def _in_use(run: Path) -> bool:
+    """Whether a process holds the lock of a run."""
+    try:
+        handle = os.open(run / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+
+
+def _hush_late_callbacks() -> None:
+    """Keeps quiet what tensorstore's threads print when a save has failed and the event loop that waited for them is closed."""
+    hook = sys.unraisablehook
+    if getattr(hook, "hushed", False):
+        return
+
+    def hushed(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(unraisable)
+
+    hushed.hushed = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hushed
 
 
 def _names(tree: Any) -> set[str]:
@@ -291,27 +435,66 @@ class Run:
     router: RouterState
 
 
-def load_run(path: str | Path, mesh: Mesh) -> Run:
+def load_run(path: str | Path, mesh: Mesh, finite: bool = True) -> Run:
     """The newest weights of a run, those of a given step, or those of the lowest validation loss.
+
+    A training may go on in the run: where it removes the checkpoint that is being read, the one that is now the newest (or the
+    best) is read instead.
 
     Args:
       path: the run's folder RUN, or RUN/STEP, or RUN/checkpoints/STEP, or RUN/best.
+      finite: refuse weights that are not.
     Raises:
-      InputError: not a run, no such step, or a damaged checkpoint.
+      InputError: not a run, no such step, a damaged checkpoint, or weights that are not finite.
     """
     directory, wanted = config_lib.split_run_path(path)
     if not (directory / "checkpoints").is_dir():
         exported = any(directory.glob("*.safetensors"))
         mend = "convert --from-hf makes a run of it" if exported else "give the folder of a training run"
         raise InputError(f"{path} holds no run (there is no folder checkpoints): {mend}")
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _load_run(directory, wanted, mesh, finite)
+        except GoneError:
+            if wanted not in ("", "best") or jax.process_count() > 1:
+                raise
+    return _load_run(directory, wanted, mesh, finite)
+
+
+def _load_run(directory: Path, wanted: str, mesh: Mesh, finite: bool) -> Run:
     checkpoints = Checkpoints(directory)
     try:
-        if wanted == "best" and checkpoints.best is None:
-            raise InputError(f"{directory} has no best checkpoint (none was saved with a validation loss): give {directory}/STEP")
-        step = checkpoints.best if wanted == "best" else int(wanted) if wanted else checkpoints.latest
+        step = _agreed(_step_of(checkpoints, directory, wanted))
         config = config_lib.as_trained(checkpoints.config(step), directory)
-        params, router = checkpoints.restore_weights(config, mesh, step)
+        params, router = checkpoints.restore_weights(config, mesh, step, finite)
         assert step is not None  # or there would be no config
         return Run(directory, step, config, params, router)
     finally:
         checkpoints.close()
+
+
+def _step_of(checkpoints: Checkpoints, directory: Path, wanted: str) -> int | None:
+    """The step that is wanted: that of these digits, the newest, or the best."""
+    if wanted != "best":
+        if wanted and not (wanted.isdecimal() and int(wanted) in checkpoints.steps):
+            have = f"it holds steps {checkpoints.steps}" if checkpoints.steps else "it holds none"
+            raise InputError(f"no checkpoint {wanted} in {checkpoints.directory}: {have}")
+        return int(wanted) if wanted else checkpoints.latest
+    try:
+        best = checkpoints.best
+    except Exception as error:
+        why = _reason(error)
+        raise GoneError(
+            f"the validation losses in {checkpoints.directory} cannot be read ({why}): give {directory}/STEP"
+        ) from error
+    if best is None:
+        raise InputError(f"{directory} has no best checkpoint (none was saved with a validation loss): give {directory}/STEP")
+    return best
+
+
+def _agreed(step: int | None) -> int | None:
+    """The first process's step, in all of them: what is newest may change between their looks."""
+    if jax.process_count() == 1:
+        return step
+    agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if agreed < 0 else agreed

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import validation
+from slimmoe_jax import files, validation
 from slimmoe_jax.config import InputError, TrainConfig
+from slimmoe_jax.progress import say
+from slimmoe_jax.terminal import Remarks, discard, reader_is_gone
 
 Args = TypeVar("Args")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command's `main(argv)` and exits. An InputError becomes one line on stderr and exit code 2."""
+    """Runs a command's `main(argv)` and exits.
+
+    An InputError becomes one line on stderr and exit code 2. Where the reader of stdout has gone, as after `| head`, the command
+    ends quietly with 141, as one that SIGPIPE kills. A reader of stderr that has gone ends nothing.
+    """
+    sys.stderr = Remarks(sys.stderr)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_error(str(error))
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in FULL:
+    except BrokenPipeError:
+        if not reader_is_gone(sys.stdout):
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"error: nothing more can be written{where} ({error.strerror}): make room, and give the same command again",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(2)  # not by way of threads that still try to write, and say so at length
+        discard(sys.stdout)
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if _out_of_memory(error):
+            why = config_lib.reason(error)
+            _say_error(f"there is no memory left ({why}): lower the batch size, raise optim.accumulate, or turn on remat")
+            sys.exit(2)
+        if not (refused := files.refused_write(error)):
+            raise
+        where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        why = f"{where} ({os.strerror(refused)}): {files.ADVICE[refused]}"
+        _say_error(f"nothing more can be written{why}, and give the same command again")
+        os._exit(2)  # not by way of threads that still try to write, and say so at length
+
+
+def _out_of_memory(error: Exception) -> bool:
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    return of_jax or isinstance(error, MemoryError)
+
+
+def _say_error(text: str) -> None:
+    say(f"error: {' '.join(text.split())}")
 
 
 def parse(cls: type[Args], argv: Sequence[str], *, prog: str, description: str, default: Args, append: bool = False) -> Args:

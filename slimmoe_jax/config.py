@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import traceback
 import typing
@@ -28,6 +30,8 @@ C = TypeVar("C")  # a dataclass of the config
 RECORDS_FILE = "records.json"  # in a run's folder: where it was trained, and on which records (see `data.loading`)
 SHIPPED = Path(__file__).parent / "configs"  # which in a checkout is a link to configs/ at its root
 
+LEAST_WEIGHT = 1e-6  # of a source of `data.mix`: Grain never reads one that weighs much less than the others
+
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 Format = Literal["text", "chat", "multiple_choice"]
 _FORMATS = typing.get_args(Format)
@@ -40,6 +44,15 @@ class InputError(Exception):
 def reason(error: BaseException) -> str:
     """The first line of what an exception says, to stand in the brackets of an InputError."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def shown(value: Any) -> str:
+    """A value in an error's line, shortened: it may be whatever a file held."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, or lists too deep in each other
+        text = f"{type(value).__name__} too large to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +132,7 @@ class DataConfig:
     batch_size: int = 32  # sequences a step, over all devices and accumulation
     validation_fraction: float = 0.005  # share of documents held out, chosen by a hash of their text
     min_characters: int = 8  # shorter documents are left out and counted
+    max_row_bytes: int = 2**27  # a longer row (a line of a file, a value of a table) is refused, so that memory stays bounded
     document_mask: bool = False  # attention and positions restart at each document of text
     workers: int = 0  # processes that read records; 0 reads in threads
 
@@ -263,13 +277,21 @@ def run_file(path: str | Path, cls: type[C], otherwise: str = "") -> tuple[C, Mo
         config = module.get_config()
     except InputError:
         raise
+    except SystemExit as stop:
+        raise InputError(f"{path} ended the process with exit code {stop.code}: let get_config() return a {cls.__name__}") from stop
     except Exception as error:
         lines = [error.lineno] if isinstance(error, SyntaxError) else []
         lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         place = f" in line {lines[-1]}" if lines else ""
-        raise InputError(f"{path}: get_config() failed{place}: {type(error).__name__}: {error}{_near_field(error)}") from error
+        why = f"{type(error).__name__}: {reason(error)}{_near_field(error)}"
+        raise InputError(f"{path}: get_config() failed{place}: {why}") from error
     if not isinstance(config, cls):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}: it must return a {cls.__name__}")
+    if isinstance(config, TrainConfig):
+        try:
+            config = typed(config)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     return config, module
 
 
@@ -277,7 +299,7 @@ def _near_field(error: Exception) -> str:
     """For a config made with a field that it lacks, the field that may be meant."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     cls = globals().get(found[1]) if found else None
-    return _meant(found[2], typing.get_type_hints(cls)) if found and cls else ""
+    return _meant(found[2], _types(cls)) if found and cls else ""
 
 
 def _meant(name: str, fields: Iterable[str], prefix: str = "") -> str:
@@ -288,9 +310,9 @@ def _meant(name: str, fields: Iterable[str], prefix: str = "") -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return files.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): restore it from the run's checkpoint") from error
+        raise InputError(f"{path} is not readable JSON ({reason(error)}): restore it from the run's checkpoint") from error
 
 
 def save(config: TrainConfig, path: str | Path) -> None:
@@ -322,30 +344,58 @@ def _from_tree(tree: Any, cls: type, prefix: str) -> Any:
     return cls(**{name: _checked(value, _field_type(cls, name, prefix), prefix + name) for name, value in tree.items()})
 
 
+def typed(config: C, prefix: str = "") -> C:
+    """A config that Python made, with each value as its field's type has it.
+
+    Raises:
+      InputError: names the field whose value is of the wrong type.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return type(config)(
+        **{name: _checked(value, _field_type(type(config), name, prefix), prefix + name) for name, value in values.items()}
+    )
+
+
 def _field_type(cls: type, name: str, prefix: str) -> Any:
-    types = typing.get_type_hints(cls)
+    types = _types(cls)
     if name not in types:
-        raise InputError(f"unknown field {prefix}{name}{_meant(name, types, prefix)}")
+        raise InputError(f"unknown field {prefix}{name[:80]}{_meant(name, types, prefix)}")
     return types[name]
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
     """The value of a field as its type has it: whole numbers are floats too, lists tuples, and objects dataclasses."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else _from_tree(value, kind, name + ".")
+        return typed(value, name + ".") if isinstance(value, kind) else _from_tree(value, kind, name + ".")
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name} = {value!r}: must be a list")
+            raise InputError(f"{name} = {shown(value)}: must be a list")
         return tuple(_checked(item, typing.get_args(kind)[0], name) for item in value)
     if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise InputError(f"{name} = {value!r}: choose from {', '.join(typing.get_args(kind))}")
+        if not isinstance(value, str) or value not in typing.get_args(kind):
+            raise InputError(f"{name} = {shown(value)}: choose from {', '.join(typing.get_args(kind))}")
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not kind:
-        raise InputError(f"{name} = {value!r}: must be {kind.__name__}")
+        raise InputError(f"{name} = {shown(value)}: must be {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{name} = {value}: must be a finite number")
     return value
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a config and of its parts: {dotted name: value}."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flat(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else {prefix + field.name: value}
+    return found
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -434,7 +484,7 @@ def as_trained(config: TrainConfig, run: Path) -> TrainConfig:
 def trained_in(run: Path) -> Path:
     """The folder in which a run was trained; the current one where it does not say."""
     try:
-        return Path(json.loads((run / RECORDS_FILE).read_text())["folder"])
+        return Path(files.parse_json((run / RECORDS_FILE).read_text(encoding="utf-8"))["folder"])
     except (OSError, ValueError, KeyError, TypeError):  # an older run, or none
         return Path.cwd()
 
@@ -447,16 +497,16 @@ def placed(config: TrainConfig, folder: Path) -> TrainConfig:
         source=_from(folder, data.source),
         mix=tuple(_weight_of(entry) + _from(folder, entry.removeprefix(_weight_of(entry))) for entry in data.mix),
         tokenizer=_from(folder, data.tokenizer),
-        records=_from(folder, str(records_dir(data))) if (folder / records_dir(data)).exists() else data.records,
+        records=_from(folder, str(records_dir(data))) if os.path.exists(folder / records_dir(data)) else data.records,
     )
     earlier, _ = split_run_path(config.init_from)
-    init_from = str(folder / config.init_from) if config.init_from and (folder / earlier).exists() else config.init_from
+    init_from = str(folder / config.init_from) if config.init_from and os.path.exists(folder / earlier) else config.init_from
     return dataclasses.replace(config, data=data, init_from=init_from)
 
 
 def _from(folder: Path, path: str) -> str:
-    """A path as it reads in `folder`; what is no path there stays."""
-    return str(folder / path) if path and not path.startswith("~") and (folder / path).exists() else path
+    """A path as it reads in `folder`; what is no path there, or could be none, stays."""
+    return str(folder / path) if path and not path.startswith("~") and os.path.exists(folder / path) else path
 
 
 def _weight_of(entry: str) -> str:
@@ -490,6 +540,8 @@ def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
             raise InputError(
                 f"data.mix = {entry}: write WEIGHT:SOURCE or WEIGHT:FORMAT:SOURCE with a weight above 0, such as 0.25:stdlib"
             )
+        if not LEAST_WEIGHT <= share <= 1 / LEAST_WEIGHT:
+            raise InputError(f"data.mix = {entry}: give a weight from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}")
         same_format = form == data.format
         field = data.text_field if same_format else ""
         split = data.split if same_format and _has_splits(source) else ""
@@ -500,7 +552,7 @@ def mixed(data: DataConfig) -> list[tuple[float, DataConfig]]:
 
 
 def _has_splits(source: str) -> bool:
-    return source.startswith("hub:") or Path(source).expanduser().is_dir()
+    return source.startswith("hub:") or os.path.isdir(os.path.expanduser(source))
 
 
 def inherit(config: TrainConfig) -> TrainConfig:
@@ -515,7 +567,7 @@ def inherit(config: TrainConfig) -> TrainConfig:
         raise InputError("data.tokenizer = inherit takes the tokenizer of another run: name it with --init-from RUN")
     run, _ = split_run_path(config.init_from)
     try:
-        name = json.loads((run / "tokenizer.json").read_text())["name"]
+        name = files.parse_json((run / "tokenizer.json").read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--init-from {config.init_from} holds no run (no readable tokenizer.json in {run}): train that run first, or give "

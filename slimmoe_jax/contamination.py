@@ -6,12 +6,12 @@ A run's config names its source, and with `init_from` the run that its weights c
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from slimmoe_jax import config as config_lib
+from slimmoe_jax import files
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.data import records
 
@@ -105,7 +105,7 @@ def _sources(config: TrainConfig) -> tuple[str, ...]:
 def _recorded(folder: Path) -> str:
     """The source in a manifest of records; "" where there is none."""
     try:
-        return str(json.loads((folder / "manifest.json").read_text())["source"])
+        return str(files.read_json(folder / "manifest.json")["source"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

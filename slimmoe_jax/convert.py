@@ -3,7 +3,8 @@
     python -m slimmoe_jax.convert --checkpoint RUN[/STEP|/best] --out DIR [--dtype bfloat16] [--format pt] [--push-to-hub NAME]
     python -m slimmoe_jax.convert --from-hf DIR --out RUN
 
-DIR is written beside its place, checked by loading it in a fresh process, and only then given its name.
+DIR is written beside its place, checked by loading it in a fresh process, and only then given its name. Weights that are not
+finite, or that --dtype makes infinite, are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimmoe_jax import checkpoint, cli, decoding, sharding, state, validation
+from slimmoe_jax import checkpoint, cli, decoding, files, locking, sharding, state, validation
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
@@ -31,13 +31,14 @@ from slimmoe_jax.conversion import card, configs, names, parity
 from slimmoe_jax.conversion import tokenizer as tokenizer_files
 from slimmoe_jax.data import records, stdlib, tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
-from slimmoe_jax.progress import say, waiting
+from slimmoe_jax.progress import say, short, waiting
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
 
 SHIPPED = Path(__file__).with_name("hf")
 # What of a run transformers has no place for: the training config and the controllers. With it a folder comes back as it went.
 TRAINING_FILE = "slimmoe_jax.json"
+_KEPT_OF_ROUTER = ("integral", "l1_weight")  # the rest is among the tensors
 SUMS_FILE = "SHA256SUMS"  # as `sha256sum --check` reads it
 
 
@@ -82,9 +83,7 @@ def parse(argv: Sequence[str]) -> ConvertArgs:
     for name in ("dtype", "format", "native", "uniform_kv", "max_shard_size", "push_to_hub"):
         if args.from_hf and getattr(args, name) != getattr(ConvertArgs, name):
             raise InputError(f"--{name.replace('_', '-')} goes with --checkpoint, not with --from-hf: leave it out")
-    out = Path(args.out).expanduser()
-    if out.exists() and not (args.overwrite or (out.is_dir() and not any(out.iterdir()))):
-        raise InputError(f"--out {args.out} exists already: name another folder, or add --overwrite to replace it")
+    _check_out(args)
     needed = ["safetensors", "tokenizers"]
     needed += ["torch"] if args.format == "pt" else []
     needed += ["torch", "transformers"] if args.checkpoint and args.verify else []
@@ -95,12 +94,57 @@ def parse(argv: Sequence[str]) -> ConvertArgs:
     return args
 
 
-@contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `out` when all has gone well and is gone otherwise; what was there stays so long."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+def _check_out(args: ConvertArgs) -> None:
+    """Raises InputError where --out cannot be written, or must not be."""
+    out, source = Path(args.out).expanduser(), Path(args.checkpoint or args.from_hf).expanduser()
     try:
+        args.out.encode()
+        if out.exists() and not (args.overwrite or (out.is_dir() and not any(out.iterdir()))):
+            raise InputError(f"--out {args.out} exists already: name another folder, or add --overwrite to replace it")
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise InputError(f"--out {args.out} is or holds {source}, which is to be converted: name another folder")
+        place = out.resolve().parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"--out {args.out}: {place} is a file: name a folder elsewhere")
+        files.check_writable(place)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--out {args.out}: the name is not UTF-8, which Orbax and safetensors need: name another folder"
+        ) from error
+    except OSError as error:
+        raise InputError(f"--out {args.out} cannot be written ({error.strerror}): name another folder") from error
+
+
+@contextlib.contextmanager
+def whole(out: Path, size: int = 0) -> Iterator[Path]:
+    """A folder to fill, which takes the name `out` when all has gone well and is gone otherwise; what was there stays so long.
+
+    Args:
+      size: bytes that will go into it, as far as is known.
+    Raises:
+      InputError: there is not so much room, the system refuses a write, or a training writes there.
+    """
+    out = out.resolve()  # where `out` is a link, it stays one
+    with contextlib.ExitStack() as held:
+        if (out / locking.LOCK_FILE).exists() or (out / "checkpoints").is_dir():
+            held.enter_context(locking.one_writer(out, "convert", "name another --out"))
+        with _whole(out, size) as scratch:
+            yield scratch
+
+
+@contextlib.contextmanager
+def _whole(out: Path, size: int) -> Iterator[Path]:
+    scratch = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < size:
+            raise InputError(
+                f"{out} takes {short(size)}B, and its disk has {short(free)}B free: make room, or name a folder on another disk"
+            )
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         scratch.chmod(0o755)
         yield scratch
         if out.is_dir():
@@ -111,10 +155,18 @@ def whole(out: Path) -> Iterator[Path]:
         else:
             out.unlink(missing_ok=True)
             scratch.rename(out)
-    except OSError as error:
-        raise InputError(f"{out} could not be written ({error.strerror or error}): make room, or name another place") from error
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own kind for what the system refuses
+        number = files.refused_write(error)
+        if number is None and not isinstance(error, OSError):
+            raise
+        why = os.strerror(number) if number else config_lib.reason(error)
+        advice = f"{files.ADVICE[number]}, or " if number else ""
+        raise InputError(f"{out} could not be written ({why}): {advice}name another place") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- to a Hugging Face folder ----------------------------------------------------------------------------------------
@@ -137,8 +189,10 @@ def to_folder(args: ConvertArgs) -> None:
     tensors = names.to_theirs(model, params, router)
     if args.native:
         tensors = names.to_mixtral(model, tensors)
+    tensors = as_dtype(tensors, args.dtype)
+    size = sum(tensor.nbytes for tensor in tensors.values())
 
-    with whole(out) as folder:
+    with whole(out, 2 * size if args.format == "pt" else size) as folder:
         weights = sum(leaf.size for leaf in jax.tree.leaves(params))
         rest = sum(tensor.size for tensor in tensors.values()) - weights
         also = f" and {rest} values of router state" if rest else ""
@@ -152,7 +206,7 @@ def to_folder(args: ConvertArgs) -> None:
             say("comparing with JAX, in a fresh process")
             with waiting("comparing"):
                 figures = parity.check(folder, expected_answers(run, tokenizer), args.dtype)
-            (folder / "parity.json").write_text(json.dumps(figures, indent=2) + "\n")
+            files.write_json(folder / "parity.json", figures)
         card.write(run, model, tokenizer, figures, args.dtype, args.native, folder)
         write_sums(folder)
     if figures:
@@ -162,12 +216,34 @@ def to_folder(args: ConvertArgs) -> None:
         push(out, args.push_to_hub)
 
 
+def as_dtype(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The tensors in the type that they are written in; those of routers stay as they are.
+
+    Raises:
+      InputError: one has values beyond what the type can hold.
+    """
+    with np.errstate(over="ignore"):
+        cast = {name: tensor if _stays_float32(name) else tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if wrong := _not_finite(tensor):
+            most = float(np.abs(tensors[name]).max())
+            other = "bfloat16 or float32" if dtype == "float16" else "float32"
+            raise InputError(
+                f"--dtype {dtype} makes {wrong:,} values of {name} infinite (the largest is {most:.3g}): give --dtype {other}"
+            )
+    return cast
+
+
+def _not_finite(tensor: np.ndarray) -> int:
+    """How many values are NaN or infinite."""
+    return tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
+
+
 def write_tensors(tensors: dict[str, np.ndarray], args: ConvertArgs, folder: Path) -> None:
     """`model.safetensors`, or its shards and their index; with `--format pt`, `pytorch_model.bin` as well."""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
-    tensors = {name: tensor if _stays_float32(name) else tensor.astype(jnp.dtype(args.dtype)) for name, tensor in tensors.items()}
     try:
         split = split_state_dict_into_shards_factory(
             tensors, get_storage_size=lambda tensor: tensor.nbytes, max_shard_size=args.max_shard_size,
@@ -175,19 +251,19 @@ def write_tensors(tensors: dict[str, np.ndarray], args: ConvertArgs, folder: Pat
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--max-shard-size {args.max_shard_size}: give a size such as 5GB or 200MB") from error
-    for file, held in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
+    for file, names_held in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names_held}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        total = {"total_size": sum(t.nbytes for t in tensors.values())}
+        index = {"metadata": total, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        files.write_json(folder / "model.safetensors.index.json", index)
     if args.format == "pt":
         import torch
         from safetensors.torch import load_file
 
-        torch.save(
-            {name: t for file in split.filename_to_tensors for name, t in load_file(folder / file).items()},
-            folder / "pytorch_model.bin",
-        )
+        state_dict = {name: t for file in split.filename_to_tensors for name, t in load_file(folder / file).items()}
+        with (folder / "pytorch_model.bin").open("wb") as binary:  # torch's own writer does not say what the system refuses
+            torch.save(state_dict, binary)
 
 
 def _stays_float32(name: str) -> bool:
@@ -207,16 +283,16 @@ def write_configs(
         kept = {
             "config": config_lib.to_json(configs.public(config)),
             "step": run.step,
-            "router": {name: float(router[name]) for name in ("integral", "l1_weight")},
+            "router": {name: float(router[name]) for name in _KEPT_OF_ROUTER},
             "tokenizer": tokenizers.describe(tokenizer),
         }
-        (folder / TRAINING_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+        files.write_json(folder / TRAINING_FILE, kept)
     pad = tokenizer_files.pad_token(tokenizer)
     # PyTorch never trains the embedding of the padding token that the config names: the end token's must be trained.
     tree["pad_token_id"] = None if pad == tokenizer.end_token else pad
-    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    files.write_json(folder / "config.json", tree)
     generation = {"eos_token_id": tokenizer.end_token, "pad_token_id": pad}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    files.write_json(folder / "generation_config.json", generation)
 
 
 def expected_answers(run: Run, tokenizer: Tokenizer) -> parity.Expected:
@@ -241,10 +317,10 @@ def expected_answers(run: Run, tokenizer: Tokenizer) -> parity.Expected:
 
 def write_sums(folder: Path) -> None:
     """The sha256 of each file but this one."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in paths:
         path.chmod(0o644)  # some writers leave files that nobody else may read
-    sums = [f"{records.sha256(path)}  {path.name}\n" for path in files]
+    sums = [f"{records.sha256(path)}  {path.name}\n" for path in paths]
     (folder / SUMS_FILE).write_text("".join(sums))
 
 
@@ -282,14 +358,20 @@ def to_run(folder: Path, args: ConvertArgs) -> None:
     mesh = sharding.make_mesh(MeshConfig())
     like = state.abstract(config, mesh).params
     params, steering = names.to_ours(model, read_tensors(folder), like)
+    size = sum(value.nbytes for value in jax.tree.leaves(params))
     params = jax.tree.map(lambda wanted, value: jax.device_put(value, wanted.sharding), like, params)
     router = router_state(model, steering, kept)
-    with whole(out) as run:
+    with whole(out, size) as run:
         config_lib.save(config, run / "config.json")
         tokenizers.save(tokenizer, run)
-        checkpoints = checkpoint.Checkpoints(run, config)
-        checkpoints.save_weights(step, params, router, config)
-        checkpoints.close()
+        try:
+            checkpoints = checkpoint.Checkpoints(run, config)
+            checkpoints.save_weights(step, params, router, config)
+            checkpoints.close()
+        except InputError as error:
+            if number := files.refused_write(error):  # `whole` says so, of the folder that was asked for
+                raise OSError(number, os.strerror(number)) from error
+            raise
     say(f"written to {out}. Next:")
     say(f"  python -m slimmoe_jax.generate --checkpoint {out} {'--chat' if config.data.format == 'chat' else '--prompt The'}")
     say(f"  python -m slimmoe_jax.train --config CONFIG.py --init-from {out} --data.tokenizer inherit")
@@ -305,11 +387,13 @@ def training_config(
     else:
         try:
             base, step = config_lib.from_json(kept["config"], str(folder / TRAINING_FILE)), int(kept["step"])
+            if not all(abs(kept["router"][name]) <= np.finfo(np.float32).max for name in _KEPT_OF_ROUTER):
+                raise ValueError("the router's state is not finite")
             if kept["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
                 raise InputError(
                     f"{folder} has another tokenizer than {TRAINING_FILE} records: restore tokenizer.json and tokenizer.model"
                 )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{folder / TRAINING_FILE} is incomplete ({error}): restore it, or remove it to use defaults"
             ) from error
@@ -325,45 +409,54 @@ def router_state(model: ModelConfig, steering: dict[str, np.ndarray], kept: dict
     """The router state of the tensors; controllers go on where they were kept, and start afresh otherwise."""
     router = RouterState.initial(model)
     router = router.replace(**{name: jnp.asarray(value, jnp.float32) for name, value in steering.items()})
-    return router.replace(**{name: jnp.float32(value) for name, value in (kept or {}).get("router", {}).items()})
+    return router.replace(**{name: jnp.float32(kept["router"][name]) for name in _KEPT_OF_ROUTER}) if kept else router
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder, as float32.
 
     Raises:
-      InputError: files are missing or damaged.
+      InputError: files are missing or damaged, or hold values that are not finite.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     index = folder / "model.safetensors.index.json"
-    files = _shards(index) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, np.ndarray] = {}
-    for file in files:
+    for file in _shards(index) if index.is_file() else ["model.safetensors"]:
         try:
-            tensors |= {name: tensor.astype(np.float32) for name, tensor in load_file(folder / file).items()}
+            with np.errstate(over="ignore"):
+                held = {name: tensor.astype(np.float32) for name, tensor in load_file(folder / file).items()}
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{folder / file} is missing or damaged ({error}): copy it again") from error
+        for name, tensor in held.items():
+            if wrong := _not_finite(tensor):
+                raise InputError(
+                    f"{folder / file}: {wrong:,} of {tensor.size:,} values of {name} are not finite in float32: this is no model"
+                    " that can be used; copy it again, or convert another"
+                )
+        tensors |= held
     return tensors
 
 
 def _shards(index: Path) -> list[str]:
     """The files that an index names, all in its own folder."""
     held = _json(index).get("weight_map")
-    files = sorted({str(file) for file in held.values()}) if isinstance(held, dict) else []
-    if not files or any(Path(file).name != file for file in files):
+    shards = sorted({str(file) for file in held.values()}) if isinstance(held, dict) else []
+    if not shards or any(Path(file).name != file for file in shards):
         raise InputError(f"{index} names no files, or files outside its folder: copy it again")
-    return files
+    return shards
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
+        tree = files.read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is missing or no JSON ({error}): give a folder that holds a model of transformers") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds no object: give a folder that holds a model of transformers")
+    if wrong := files.not_finite(tree):
+        raise InputError(f"{path}: {wrong[0]} is not a finite number: restore the file")
     return tree
 
 

@@ -20,12 +20,13 @@ from slimmoe_jax.config import InputError
 from slimmoe_jax.data import chat
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.tokenizers import Tokenizer
+from slimmoe_jax.likelihood import rounded
 from slimmoe_jax.model import SlimMoE
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.sampling import Sampling
 
 # Lengths are rounded up, so that a program is compiled for a few lengths and not for each: prompts to a power of two from SHORTEST
-# (a chat's prompts grow turn by turn), new tokens and the cache to a multiple of ROOM.
+# (a chat's prompts grow turn by turn), new tokens and the cache to a multiple of ROOM, and to fewer of these where they are many.
 SHORTEST = 16
 ROOM = 64
 
@@ -78,7 +79,7 @@ def prefill(
 ) -> Decoding:  # fmt: skip
     """Runs the prompts, [B, P] from `pad_left`, and chooses the first token of each. R = `room`, a multiple of ROOM."""
     batch, length = tokens.shape
-    length = _round_up(length, ROOM)  # prompts of all lengths up to it then share the decoding program
+    length = rounded(length, ROOM)  # prompts of all lengths up to it then share the decoding program
     rows = jnp.arange(batch)
     cache = KVCache.empty(model.config, batch, length + room, model.dtype)
     out = model.apply({"params": params}, tokens, router, positions=positions, cache=cache)
@@ -124,10 +125,6 @@ def _append(d: Decoding, logits: jax.Array, settings: Sampling, end_token: int) 
     )
 
 
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
-
-
 def generate_tokens(
     weights: Weights, prompts: Sequence[Sequence[int]], settings: Sampling, *, new_tokens: int, seed: int, chunk: int = 0
 ) -> Iterator[np.ndarray]:
@@ -142,7 +139,7 @@ def generate_tokens(
     if new_tokens < 1:
         raise InputError(f"tokens = {new_tokens}: give at least 1")
     model, params, router, end_token = weights
-    room = _round_up(new_tokens, ROOM)
+    room = rounded(new_tokens, ROOM)
     d = prefill(model, params, router, *pad_left(prompts), settings, np.uint32(seed % 2**32), room=room, end_token=end_token)
     given, limit = 0, min(chunk, 1) or new_tokens  # the first token is ready: it is not kept waiting for the next
     while True:

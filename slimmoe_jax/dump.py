@@ -22,6 +22,7 @@ from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
 from slimmoe_jax.data import tokenizers
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.state import TrainState
+from slimmoe_jax.terminal import printable
 
 
 def write(
@@ -56,7 +57,7 @@ def replay(directory: Path) -> Replayed:
       InputError: it is no dump, or a damaged one.
     """
     mesh = sharding.make_mesh(MeshConfig())
-    run = checkpoint.load_run(directory, mesh)
+    run = checkpoint.load_run(directory, mesh, finite=False)
     path = directory / f"batch-{run.step}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -111,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     args = cli.parse(DumpArgs, argv, prog="dump", description="Runs a batch again that a run gave up on.", default=DumpArgs())
     if not args.dump:
         raise InputError("--dump is missing: give the folder `dump` of a run")
-    print(report(replay(Path(args.dump).expanduser())))
+    print(printable(report(replay(Path(args.dump).expanduser()))))
 
 
 if __name__ == "__main__":

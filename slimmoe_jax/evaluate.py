@@ -2,12 +2,13 @@
 
 `python -m slimmoe_jax.evaluate --checkpoint RUN [--by-position] [--tasks FILE.jsonl ...] [--shots 5] [--out FILE.json]`
 
-A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal. Several
-processes evaluate together, as they train (see `distributed`).
+A table goes to stderr; the results with their provenance go to --out as JSON, or to stdout where that is no terminal. A figure that
+is not finite is null there. Several processes evaluate together, as they train (see `distributed`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -30,6 +31,7 @@ from slimmoe_jax import (
     contamination,
     digests,
     distributed,
+    files,
     heldout,
     host,
     likelihood,
@@ -45,7 +47,8 @@ from slimmoe_jax.data import loading, tokenizers
 from slimmoe_jax.data import records as records_lib
 from slimmoe_jax.data.multiple_choice import Style
 from slimmoe_jax.model import SlimMoE
-from slimmoe_jax.progress import Meter
+from slimmoe_jax.progress import Meter, say
+from slimmoe_jax.terminal import printable
 
 # --- held-out loss ---------------------------------------------------------------------------------------------------
 
@@ -53,7 +56,7 @@ from slimmoe_jax.progress import Meter
 def _validation(args: EvaluateArgs, run: Run, model: SlimMoE, records: records_lib.Records, mesh: Mesh) -> dict[str, Any]:
     """Held-out loss and, if asked for, loss by position."""
     split = records.split("validation")
-    rows = sharding.padded_rows(args.batch_size, mesh)
+    rows = sharding.padded_rows(min(args.batch_size, len(split)), mesh)
     total = -(-len(split) // rows)
     total = min(total, args.batches) if args.batches else total
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
@@ -215,10 +218,15 @@ def check(args: EvaluateArgs) -> None:
         raise InputError(f"--out {args.out}: its folder does not exist: make it, or name another file")
     if args.out and Path(args.out).expanduser().is_dir():
         raise InputError(f"--out {args.out} is a folder: name a file in it")
+    if args.out and _is_file(out := Path(args.out).expanduser().resolve()) and distributed.is_first():
+        try:
+            files.check_writable(out.parent)
+        except OSError as error:
+            raise InputError(f"--out {args.out}: its folder cannot be written to ({error.strerror}): name another file") from error
 
 
 def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str, Any]:
-    """All that the arguments ask for, with its provenance, in a form that JSON can hold.
+    """All that the arguments ask for, with its provenance: dictionaries, lists, texts and numbers.
 
     Args:
       run: stands in for what `args.checkpoint` names, where it is loaded already.
@@ -230,11 +238,8 @@ def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str,
     model, tokenizer = state.build_model(run.config), tokenizers.saved(run.directory, run.config.model.vocab_size)
     records = None
     if not to_do or args.held_out or args.by_position != "no":
-        if args.records:
-            records = records_lib.open_records(args.records)
-            records_lib.check_same_tokenizer(records, run.directory)
-        else:
-            records = loading.of_run(run.directory, run.config)
+        with distributed.first_goes_first():
+            records = _records(args, run)
 
     behind, lost = contamination.stages(run.directory, run.config)
     result = _provenance(run, tokenizer, behind, lost)
@@ -250,19 +255,47 @@ def results(args: EvaluateArgs, mesh: Mesh, run: Run | None = None) -> dict[str,
 def main(argv: Sequence[str]) -> None:
     host.prepare()
     argv = distributed.start(argv)
-    args = parse(argv)
+    with distributed.together():
+        args = parse(argv)
     result = {"command": shlex.join(["python", "-m", "slimmoe_jax.evaluate", *argv])}
     result |= results(args, sharding.make_mesh(MeshConfig()))
     if not distributed.is_first():
         return
-    print(table(result), file=sys.stderr)
-    text = json.dumps(result, indent=2, ensure_ascii=False)
+    print(printable(table(result)), file=sys.stderr)
+    if lost := files.not_finite(result):
+        say(f"warning: not finite, and null in the JSON: {', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''}")
+    text = json.dumps(files.with_nulls(result), indent=2, ensure_ascii=False, allow_nan=False)
+    text = text.encode("utf-8", "backslashreplace").decode()  # a path that is not UTF-8 is escaped, as JSON has it
     if args.out:
-        Path(args.out).expanduser().write_text(text + "\n")
+        _write(text + "\n", Path(args.out).expanduser().resolve())
     elif sys.stdout.isatty():
         print("give --out FILE to keep all of this as JSON", file=sys.stderr)
     else:
         print(text)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is that of a file, there or not, and not of a device or a pipe, whose place no file may take."""
+    return path.is_file() or not path.exists()
+
+
+def _write(text: str, path: Path) -> None:
+    try:
+        with files.replacing(path) if _is_file(path) else contextlib.nullcontext(path) as place:
+            place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        number = files.refused_write(error)
+        advice = files.ADVICE[number] if number else "name another file"
+        raise InputError(f"--out {path} could not be written ({error.strerror}): {advice}, and evaluate again") from error
+
+
+def _records(args: EvaluateArgs, run: Run) -> records_lib.Records:
+    if not args.records:
+        return loading.of_run(run.directory, run.config)
+    records = records_lib.open_records(args.records)
+    records_lib.check_same_tokenizer(records, run.directory)
+    records.verify()
+    return records
 
 
 def _read(task: str, checkpoint: str) -> tasks.Task:

@@ -4,7 +4,8 @@
     python -m slimmoe_jax.generate --checkpoint runs/quickstart --prompt "def " --prompt "class " --temperature 0
     python -m slimmoe_jax.generate --checkpoint runs/chat --chat --system "You are brief."
 
-One prompt's continuation comes as it is made; text goes to stdout, remarks to stderr.
+One prompt's continuation comes as it is made; text goes to stdout, remarks to stderr. Control characters in the text are shown as
+escapes, such as \\x1b, so that it cannot command the terminal; with --raw they are printed as they are.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from slimmoe_jax import checkpoint, cli, decoding, sampling, sharding, state
-from slimmoe_jax.config import InputError, MeshConfig, parts
+import jax
+
+from slimmoe_jax import checkpoint, cli, decoding, metrics, sampling, sharding, state
+from slimmoe_jax.config import InputError, MeshConfig, TrainConfig, parts
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.data.chat import Turn
 from slimmoe_jax.data.tokenizers import Tokenizer
 from slimmoe_jax.decoding import Weights
 from slimmoe_jax.progress import say, waiting
 from slimmoe_jax.sampling import Sampling
+from slimmoe_jax.terminal import printable
+
+MOST_TOKENS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +47,15 @@ class GenerateArgs:
     system: str = ""  # what the system's turn says; with --chat
 
 
-def write(text: str) -> None:
-    """Shows a piece of text at once."""
-    print(text, end="", flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
-    chatting = "--chat" in argv
+    chatting, raw = ("--chat" in argv), ("--raw" in argv)
+    argv = [word for word in argv if word not in ("--chat", "--raw")]
     args = cli.parse(
-        GenerateArgs, [word for word in argv if word != "--chat"], prog="generate", default=GenerateArgs(), append=True,
-        description="Continues a prompt, or several as a batch. With --chat, answers the lines of standard input in turn.",
+        GenerateArgs, argv, prog="generate", default=GenerateArgs(), append=True,
+        description="Continues a prompt, or several as a batch. With --chat, answers the lines of standard input in turn. Control"
+        " characters in the text are shown as escapes; with --raw they are printed as they are.",
     )  # fmt: skip
+    screen = Screen(raw)
     settings = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     check(args, settings, chatting)
     with waiting("loading"):
@@ -59,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     context = run.config.data.context
     if chatting and args.tokens >= context:
         raise InputError(f"--tokens = {args.tokens} leaves no room for a prompt in a context of {context}: lower it")
+    check_fits(args, run.config)
     sharding.cache_programs(run.config.compilation_cache)
     model = state.build_model(run.config)
     tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
@@ -69,14 +74,12 @@ def main(argv: Sequence[str]) -> int:
         if chatting:
             if not any(part.format == "chat" for part in parts(run.config.data)):
                 say(f"{run.directory} was not trained on conversations: do not expect answers")
-            converse(weights, tokenizer, args, settings, context)
+            converse(weights, tokenizer, args, settings, context, screen)
         else:
-            continue_prompts(weights, tokenizer, args, settings, context)
+            continue_prompts(weights, tokenizer, args, settings, context, screen)
     except KeyboardInterrupt:
         print()
         return 0 if chatting else 130
-    except BrokenPipeError:  # whoever was reading has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -99,7 +102,50 @@ def check(args: GenerateArgs, settings: Sampling, chatting: bool) -> None:
         raise InputError("the prompt is empty: give at least one character")
     if args.tokens < 1:
         raise InputError(f"--tokens = {args.tokens}: give at least 1")
+    if args.tokens > MOST_TOKENS:
+        raise InputError(f"--tokens = {args.tokens}: give at most {MOST_TOKENS}")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed = {args.seed}: give a number from 0 to {2**32 - 1}")
     sampling.check(settings)
+
+
+def check_fits(args: GenerateArgs, config: TrainConfig) -> None:
+    """Raises InputError where the flags cannot work with a run of this config, before anything is compiled."""
+    vocabulary = config.model.vocab_size
+    if args.top_k > vocabulary:
+        raise InputError(
+            f"--top-k = {args.top_k}: the vocabulary has {vocabulary} tokens: give at most that many, or 0 for no limit"
+        )
+    itemsize = 4 if config.precision == "float32" else 2
+    cache = metrics.kv_cache_bytes_per_token(config.model, itemsize)["vgqa"] * args.tokens * max(1, len(args.prompt))
+    memory = memory_of_device()
+    if memory and cache > memory:
+        raise InputError(
+            f"--tokens = {args.tokens}: keys and values of so many take {cache / 2**30:.1f} GiB, more than the device's"
+            f" {memory / 2**30:.1f} GiB of memory: lower it"
+        )
+
+
+def memory_of_device() -> int | None:
+    """Bytes of the device that generates, or of the machine where that is the CPU; None where unknown."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """Where text goes."""
+
+    raw: bool  # control characters as they are, not as escapes
+
+    def write(self, text: str, end: str = "") -> None:
+        """Shows a piece of text at once."""
+        print(text if self.raw else printable(text), end=end, flush=True)
 
 
 # --- text as it comes --------------------------------------------------------------------------------------------------
@@ -147,7 +193,9 @@ def first_waited_for(tokens: Iterator[int]) -> Iterator[int]:
     return itertools.chain(first, tokens)
 
 
-def continue_prompts(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, settings: Sampling, context: int) -> None:
+def continue_prompts(
+    weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, settings: Sampling, context: int, screen: Screen
+) -> None:
     """Prints each prompt and its continuation: one as it comes, several one after another under a line of their own."""
     prompts = [decoding.encode_text(text, tokenizer) for text in args.prompt]
     kept = [decoding.newest(ids, context, args.tokens) for ids in prompts]
@@ -160,15 +208,15 @@ def continue_prompts(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs,
     if len(prompts) == 1:
         stream = TextStream(tokenizer)
         tokens = first_waited_for(decoding.stream_tokens(weights, kept[0], settings, **options))
-        write(stream.push(*prompts[0]))
+        screen.write(stream.push(*prompts[0]))
         for token in tokens:
-            write(stream.push(token))
-        print(stream.end(), flush=True)
+            screen.write(stream.push(token))
+        screen.write(stream.end(), end="\n")
         return
     with waiting("continuing the prompts"):
         continuations = decoding.generate_batch(weights, kept, settings, **options)
     for n, (ids, continuation) in enumerate(zip(prompts, continuations, strict=True), start=1):
-        print(f"--- {n} of {len(prompts)} ---\n{tokenizer.decode(ids + continuation)}", flush=True)
+        screen.write(f"--- {n} of {len(prompts)} ---\n{tokenizer.decode(ids + continuation)}", end="\n")
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -193,7 +241,7 @@ def user_turns() -> Iterator[str]:
             yield line
 
 
-def converse(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, settings: Sampling, context: int) -> None:
+def converse(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, settings: Sampling, context: int, screen: Screen) -> None:
     """Answers the user's turns one after another, with the turns before them as far as the context holds them."""
     turns = [Turn("system", args.system.strip())] if args.system.strip() else []
     told = False
@@ -210,8 +258,8 @@ def converse(weights: Weights, tokenizer: Tokenizer, args: GenerateArgs, setting
         for token in first_waited_for(
             decoding.stream_tokens(weights, prompt, settings, new_tokens=args.tokens, seed=args.seed + n)
         ):
-            write(reply.push(token))
-        print(reply.end(), flush=True)
+            screen.write(reply.push(token))
+        screen.write(reply.end(), end="\n")
         if reply.text:
             turns = [*kept, Turn("assistant", reply.text)]
         else:

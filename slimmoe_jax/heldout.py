@@ -44,10 +44,11 @@ def score(
     Args:
       bytes_per_token: of the held-out text, to turn nats a token into bits a byte.
     Raises:
-      InputError: there is no batch.
+      InputError: there is no batch, or nothing in it is to be predicted.
     """
     sums = _run_all(functools.partial(eval_step, params, router), batches, mesh)
     nats, targets = (sum(float(value) for value in column) for column in zip(*jax.device_get(sums), strict=True))
+    _check_targets(targets)
     loss = nats / targets
     return HeldOut(loss, int(targets), loss / math.log(2) / bytes_per_token)
 
@@ -59,10 +60,11 @@ def score_by_position(
     """The same by `position_step` (from `make_position_step`, jitted), and a row for each bin of positions that has targets.
 
     Raises:
-      InputError: there is no batch.
+      InputError: there is no batch, or nothing in it is to be predicted.
     """
     sums = _run_all(functools.partial(position_step, params, router), batches, mesh)
     nats, targets = (np.array(column, np.float64).sum(axis=0) for column in zip(*jax.device_get(sums), strict=True))
+    _check_targets(targets.sum())
     loss = float(nats.sum() / targets.sum())
     rows = []
     for first, last in bins:
@@ -70,6 +72,11 @@ def score_by_position(
         if scored:
             rows.append({"first": first, "last": last, "targets": scored, "loss": float(nats[first : last + 1].sum() / scored)})
     return HeldOut(loss, int(targets.sum()), loss / math.log(2) / bytes_per_token), rows
+
+
+def _check_targets(number: float) -> None:
+    if not number:
+        raise InputError("the records of the validation split that were read have no targets: read more batches")
 
 
 def _run_all(function: Callable[..., Any], batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> list[Any]:

@@ -1,10 +1,13 @@
-"""How the process holds its memory, where the CPU is the device."""
+"""The devices of this machine, and how the process holds its memory where the CPU is the device."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
+
+from slimmoe_jax.config import InputError, reason
 
 ACCELERATORS = ("nvidia[0-9]*", "accel*", "kfd")  # in /dev
 # Parameters of glibc's mallopt(3).
@@ -24,6 +27,25 @@ def prepare() -> None:
         import jax  # not at the top: a peer's process measures without it
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def check_devices() -> None:
+    """Starts JAX's devices.
+
+    Raises:
+      InputError: there are none of the kind that JAX_PLATFORMS names.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        why = f" ({reason(error)})" if str(error) else ""
+        asked = os.environ.get("JAX_PLATFORMS")
+        named = f"JAX_PLATFORMS={asked} names no device of this machine" if asked else "JAX finds no device"
+        raise InputError(
+            f"{named}{why}: unset it or set it to cpu, or for an NVIDIA GPU install slimmoe_jax[cuda12] or [cuda13]"
+        ) from error
 
 
 def keep_freed_memory(one_heap: bool = False) -> bool:

@@ -19,7 +19,8 @@ from slimmoe_jax.model import Output, SlimMoE
 from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.routing import RouterState
 
-# Widths are multiples of this, so that few programs are compiled; it is also the tile of positions whose logits exist at once.
+# Widths are multiples of this, so that few programs are compiled (see `rounded`); it is also the tile of positions whose logits
+# exist at once.
 WIDTH_MULTIPLE = 64
 
 
@@ -36,17 +37,19 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores pairs with one model, `batch_size` sequences at a time (rounded up to a multiple of the devices)."""
+    """Scores pairs with one model, at most `batch_size` sequences at a time (rounded up to a multiple of the devices)."""
 
     def __init__(self, model: SlimMoE, params: Any, router: RouterState, mesh: Mesh, batch_size: int):
         self._model, self._params, self._router, self._mesh = model, params, router, mesh
-        self._rows = sharding.padded_rows(batch_size, mesh)
+        self._batch_size = batch_size
 
     def __call__(self, pairs: Sequence[Pair], label: str = "score") -> list[Score]:
         """The score of each pair, in the order given. The caller sees to it that pairs fit the model's context.
 
         Longest first: memory that does not suffice shows at once, and the time left is never underestimated.
         """
+        few = 1 << (max(len(pairs), 1) - 1).bit_length()  # a power of two, or each number of pairs would compile its own program
+        rows = sharding.padded_rows(min(self._batch_size, few), self._mesh)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].given) - len(pairs[i].scored))
         scores: list[Score] = [Score(0.0, True)] * len(pairs)
         done = tokens = 0
@@ -57,9 +60,9 @@ class Scorer:
                 scores[place] = Score(total, greedy)
 
         with sharding.use(self._mesh), Meter(label, len(pairs), quiet=not distributed.is_first()) as meter:
-            for start in range(0, len(order), self._rows):
-                chunk = order[start : start + self._rows]
-                batch = sharding.put_whole(padded([pairs[i] for i in chunk], self._rows), self._mesh)
+            for start in range(0, len(order), rows):
+                chunk = order[start : start + rows]
+                batch = sharding.put_whole(padded([pairs[i] for i in chunk], rows), self._mesh)
                 sums = score_batch(self._model, self._params, self._router, batch)
                 if pending:  # the batch before is read while this one runs
                     collect(*pending)
@@ -77,13 +80,23 @@ def padded(pairs: Sequence[Pair], rows: int) -> dict[str, np.ndarray]:
     Returns: tokens, targets [rows, S] int32 and weights [rows, S] float32, 1 where a target is scored.
     """
     longest = max(len(given) + len(scored) for given, scored in pairs) - 1
-    shape = (rows, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    shape = (rows, rounded(longest, WIDTH_MULTIPLE))
     batch = {"tokens": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32), "weights": np.zeros(shape, np.float32)}
     for row, (given, scored) in enumerate(pairs):
         ids, last = [*given, *scored], len(given) + len(scored) - 1
         batch["tokens"][row, :last], batch["targets"][row, :last] = ids[:-1], ids[1:]
         batch["weights"][row, len(given) - 1 : last] = 1
     return batch
+
+
+def rounded(length: int, multiple: int) -> int:
+    """A length of 1 or more rounded up to one of few, so that few programs are compiled: 16 of those up to 2,048, with 64.
+
+    To a multiple of `multiple`, and beyond 8 of them to an eighth of the next power of two: 4 lengths per doubling, each at most a
+    quarter longer than what it is for.
+    """
+    step = max(multiple, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
 
 
 @functools.partial(jax.jit, static_argnames="model")

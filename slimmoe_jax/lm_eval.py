@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from slimmoe_jax import checkpoint as checkpoint_lib
-from slimmoe_jax import cli, decoding, likelihood, sharding, state
-from slimmoe_jax.config import InputError, MeshConfig
+from slimmoe_jax import cli, decoding, likelihood, sampling, sharding, state
+from slimmoe_jax.config import InputError, MeshConfig, shown
 from slimmoe_jax.data import chat, tokenizers
 from slimmoe_jax.likelihood import Pair
 from slimmoe_jax.progress import Meter
@@ -53,7 +54,7 @@ class SlimMoELM(LM):
       max_gen_toks: most tokens generated where a task does not say.
       max_batch_size, device: passed by the harness, without meaning here.
     Raises:
-      InputError: no such run.
+      InputError: no such run, or an argument that cannot work.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class SlimMoELM(LM):
         device: str | None = None,
     ):
         super().__init__()
+        size = 8 if batch_size is None or str(batch_size).startswith("auto") else _whole("batch_size", batch_size)
+        longest = _whole("max_gen_toks", max_gen_toks)
         mesh = sharding.make_mesh(MeshConfig())
         run = checkpoint_lib.load_run(checkpoint, mesh)
         sharding.cache_programs(run.config.compilation_cache)
-        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8
-        self._max_gen_toks = int(max_gen_toks)
+        self.batch_size = size
+        self._max_gen_toks = longest
         self._context = run.config.data.context
         self._tokenizer = tokenizers.saved(run.directory, run.config.model.vocab_size)
         self._weights = decoding.Weights(state.build_model(run.config), run.params, run.router, self._tokenizer.end_token)
@@ -198,10 +201,25 @@ class _Wanted:
     def of(cls, settings: dict[str, Any], default_tokens: int) -> _Wanted:
         until = settings.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(stop for stop in until if stop)
-        new_tokens = next((int(settings[name]) for name in _LENGTH_NAMES if settings.get(name)), default_tokens)
-        temperature = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
-        sampling = Sampling(temperature, int(settings.get("top_k") or 0), float(settings.get("top_p") or 1))
-        return cls(until, new_tokens, sampling)
+        if not all(isinstance(stop, str) for stop in until):
+            raise InputError(f"until = {shown(until)}: give stop strings")
+        new_tokens = next((_whole(name, settings[name]) for name in _LENGTH_NAMES if settings.get(name)), default_tokens)
+        temperature = settings.get("temperature") or 0.0 if settings.get("do_sample") else 0.0
+        wanted = Sampling(temperature, settings.get("top_k") or 0, settings.get("top_p") or 1.0)
+        sampling.check(wanted)
+        return cls(until, new_tokens, wanted)
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number of sequences or tokens, as the harness passes it: a number, or its digits.
+
+    Raises:
+      InputError: it is no whole number above 0, or one that nothing fits.
+    """
+    digits = isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip())
+    number = int(value) if digits else value
+    sampling.check_length(name, number)
+    return int(number)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,7 +6,10 @@ conventions: `palm` as if it were full (PaLM, arXiv 2204.02311, appendix B), `ca
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -21,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimmoe_jax import blockwise, files
-from slimmoe_jax.config import ModelConfig, TrainConfig
+from slimmoe_jax.config import InputError, ModelConfig, TrainConfig
+from slimmoe_jax.progress import say
 
 # Dense peaks in FLOP/s from the vendors' data sheets: device kind -> (bfloat16, float32 as JAX runs it: TF32 where there is one).
 PEAKS = {
@@ -173,45 +177,115 @@ class JsonlWriter:
     """Appends to `metrics.jsonl`. A resumed run takes back the lines past its checkpoint, so no step is written twice."""
 
     def __init__(self, path: str | Path, resume_step: int):
-        """Keeps the complete lines of steps up to `resume_step`; a line torn by a kill is dropped."""
+        """Keeps the lines of steps up to `resume_step`; a line torn by a kill is dropped.
+
+        Damaged lines are moved to `metrics.jsonl.damaged`, which a remark says.
+        """
         self.path = Path(path)
-        kept = [json.dumps(row) for row in read_jsonl(self.path) if row["step"] <= resume_step] if self.path.exists() else []
+        log = _Log.read(self.path) if self.path.exists() else _Log([], [])
+        if log.damaged:
+            aside = self.path.with_name(self.path.name + ".damaged")
+            with aside.open("ab") as file:
+                file.write(b"".join(line + b"\n" for _, line in log.damaged))
+            say(f"{self.path}: {log.damage()} moved to {aside}")
         with files.replacing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self._file = self.path.open("a", buffering=1)
+            temporary.write_bytes(b"".join(line + b"\n" for row, line in log.rows if row["step"] <= resume_step))
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({key: to_python(value) for key, value in row.items()}) + "\n")
+        self._file.write(json.dumps({key: to_python(value) for key, value in row.items()}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; a torn last line is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
+@dataclasses.dataclass(frozen=True)
+class _Log:
+    """The lines of a metrics file, without their ends. A torn last line, such as a kill leaves, is in neither list."""
+
+    rows: list[tuple[dict[str, Any], bytes]]  # by rising step
+    damaged: list[tuple[int, bytes]]  # their numbers in the file, from 1
+
+    @classmethod
+    def read(cls, path: Path) -> _Log:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions, or move it away") from error
+        torn = lines.pop()
+        parsed = [(_row(line), line) for line in lines]
+        if row := _row(torn):
+            parsed.append((row, torn))
+        numbers = [number for number, (row, _) in enumerate(parsed) if row]
+        rising = _longest_rising([parsed[number][0]["step"] for number in numbers])  # type: ignore[index]
+        kept = {numbers[place] for place in rising}
+        rows = [(row, line) for number, (row, line) in enumerate(parsed) if row and number in kept]
+        return cls(rows, [(number + 1, line) for number, (_, line) in enumerate(parsed) if number not in kept])
+
+    def damage(self) -> str:
+        """How many lines are damaged, and where."""
+        number, first = len(self.damaged), self.damaged[0][0]
+        return f"1 damaged line (line {first}) is" if number == 1 else f"{number} damaged lines (the first is line {first}) are"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds: an object with a step; None where it is damaged."""
+    try:
+        row = files.parse_json(line.decode())
+        json.dumps(row, allow_nan=False)
+    except ValueError:  # no JSON, or a NaN or infinity, which JSON has no word for
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and 0 <= step < 2**63 else None
+
+
+def _longest_rising(steps: list[int]) -> list[int]:
+    """The places of the longest rising subsequence: of steps that were written twice the later, and none that is out of order."""
+    ends: list[int] = []  # of the sequence of each length that ends lowest
+    places: list[int] = []
+    before: list[int] = []
+    for place, step in enumerate(steps):
+        length = bisect.bisect_left(ends, step)
+        ends[length : length + 1], places[length : length + 1] = [step], [place]
+        before.append(places[length - 1] if length else -1)
+    found = []
+    place = places[-1] if places else -1
+    while place >= 0:
+        found.append(place)
+        place = before[place]
+    return found[::-1]
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, by rising step; a torn last line is left out, and so are damaged lines, with a remark.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    log = _Log.read(Path(path))
+    if log.damaged:
+        _remark(f"{path}: {log.damage()} left out")
+    return [row for row, _ in log.rows]
+
+
+@functools.cache
+def _remark(line: str) -> None:
+    """Says a line once, however often a file is read."""
+    say(line)
 
 
 def last_row(path: str | Path) -> dict[str, Any] | None:
-    """The newest complete row of a metrics file that may be being written; None where there is none. Reads its end alone."""
+    """The newest complete row of a metrics file that may be being written; None where there is none. Reads as little as it can."""
     try:
         with Path(path).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            return row
-        except ValueError:
-            continue
+            size = file.seek(0, os.SEEK_END)
+            for power in itertools.count(16):
+                file.seek(max(0, size - 2**power))
+                row = next((row for line in reversed(file.read().split(b"\n")) if (row := _row(line))), None)
+                if row or 2**power >= size:
+                    return row
+    except OSError:
+        pass
     return None
 
 
@@ -219,7 +293,9 @@ def to_python(value: Any) -> Any:
     """Arrays to numbers and lists of 6 significant digits; a number that is not finite to None, which JSON can hold."""
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         value = np.asarray(value).tolist()
-    if isinstance(value, list):
+    if isinstance(value, dict):
+        return {key: to_python(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
         return [to_python(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if np.isfinite(value) else None

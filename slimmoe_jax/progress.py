@@ -11,6 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from slimmoe_jax.terminal import printable
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -57,7 +59,7 @@ class Meter:
     def note(self, line: str) -> None:
         """Prints a line that stays, above the live one."""
         if self._live:
-            self._console.print(line, markup=False, highlight=False)
+            self._console.print(printable(line), markup=False, highlight=False)
         elif not self._quiet:
             say(line)
 
@@ -74,7 +76,7 @@ def waiting(label: str) -> Iterator[None]:
 
 def say(line: str) -> None:
     """Prints a line to stderr, where all remarks go: stdout is for what a command was asked for."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

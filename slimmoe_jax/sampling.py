@@ -15,13 +15,15 @@ transformers' logits processors, each to what the ones before it left:
 from __future__ import annotations
 
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from slimmoe_jax.config import InputError
+from slimmoe_jax.config import InputError, shown
+from slimmoe_jax.validation import MOST, in_float32
 
 
 class Sampling(struct.PyTreeNode):
@@ -35,18 +37,42 @@ class Sampling(struct.PyTreeNode):
 
 
 def check(sampling: Sampling) -> None:
-    """Raises InputError, naming the flag, where a value has no meaning."""
+    """Raises InputError, naming the flag, where a value has no meaning, or where float32 or int32 cannot hold it."""
     s = sampling
-    if not 0 <= s.temperature < math.inf:
-        raise InputError(f"--temperature = {s.temperature}: give 0 (greedy) or more")
-    if s.top_k < 0:
-        raise InputError(f"--top-k = {s.top_k}: give a number of tokens, or 0 for no limit")
-    if not 0 < s.top_p <= 1:
-        raise InputError(f"--top-p = {s.top_p}: give a probability above 0, at most 1 (off)")
-    if not 0 <= s.min_p <= 1:
-        raise InputError(f"--min-p = {s.min_p}: give a share from 0 (off) to 1")
-    if not 0 < s.repetition_penalty < math.inf:
-        raise InputError(f"--repetition-penalty = {s.repetition_penalty}: give a factor above 0; 1 is off")
+    if not _is_number(s.temperature) or s.temperature < 0:
+        raise InputError(f"--temperature = {shown(s.temperature)}: give 0 (greedy) or more")
+    check_whole("--top-k", s.top_k, 0, np.iinfo(np.int32).max, ", or 0 for no limit")
+    if not _is_number(s.top_p) or not 0 < s.top_p <= 1:
+        raise InputError(f"--top-p = {shown(s.top_p)}: give a probability above 0, at most 1 (off)")
+    if not _is_number(s.min_p) or not 0 <= s.min_p <= 1:
+        raise InputError(f"--min-p = {shown(s.min_p)}: give a share from 0 (off) to 1")
+    if not _is_number(s.repetition_penalty) or s.repetition_penalty <= 0:
+        raise InputError(f"--repetition-penalty = {shown(s.repetition_penalty)}: give a factor above 0; 1 is off")
+
+
+def check_length(name: str, tokens: Any) -> None:
+    """Raises InputError where no such number of tokens can be generated. `name` is that of the flag."""
+    check_whole(name, tokens, 1, MOST["eval.sample_tokens"])
+
+
+def check_seed(name: str, seed: Any) -> None:
+    """Raises InputError where this is no seed. `name` is that of the flag."""
+    check_whole(name, seed, 0, MOST["seed"])
+
+
+def check_whole(name: str, value: Any, least: int, most: int, otherwise: str = "") -> None:
+    """Raises InputError, naming the flag, where this is no whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InputError(f"{name} = {shown(value)}: give a whole number{otherwise}")
+    if value < least:
+        raise InputError(f"{name} = {shown(value)}: give at least {least}{otherwise}")
+    if value > most:
+        raise InputError(f"{name} = {shown(value)}: give at most {most:,}{otherwise}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether this is a finite number that float32 can hold."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and in_float32(value)
 
 
 def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:

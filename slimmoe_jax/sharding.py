@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from slimmoe_jax import host
 from slimmoe_jax.config import InputError, MeshConfig, TrainConfig
 
 # Logical axis -> mesh axes. Axes that are not named here are not split.
@@ -40,8 +41,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices.
 
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: the axes do not multiply to the number of devices, or there are none.
     """
+    host.check_devices()
     devices = jax.device_count()
     data = devices // (config.fsdp * config.expert) if config.data == -1 else config.data
     if data * config.fsdp * config.expert != devices:

@@ -22,6 +22,7 @@ import io
 import json
 import os
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -34,6 +35,7 @@ from slimmoe_jax import config as config_lib
 from slimmoe_jax import files, metrics
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.progress import say
+from slimmoe_jax.terminal import printable
 
 PROJECT = "slimmoe_jax"  # under which trackio and Weights & Biases list the runs
 GROUPS = {"validation_loss": "validation/loss", "validation_bits_per_byte": "validation/bits_per_byte"}
@@ -191,7 +193,7 @@ class Wandb:
             wandb.teardown()  # which still holds the run's name
             self._run = wandb.init(mode="offline", **start_run)
         if self._run.offline:
-            say(f"wandb records offline ({why}); to send it: wandb sync {Path(self._run.dir).parent}")
+            say(f"wandb records offline ({why}); to send it: wandb sync {shlex.quote(str(Path(self._run.dir).parent))}")
         else:
             say(f"wandb run {self._run.url}")
 
@@ -320,5 +322,5 @@ def flat(config: TrainConfig) -> dict[str, bool | int | float | str]:
 
 
 def verbatim(text: str) -> str:
-    """Text as Markdown that shows it as it is: a block of code."""
-    return "\n".join("    " + line for line in text.split("\n"))
+    """Text as Markdown that shows it as it is: a block of code. Control characters, some of which end lines, are escapes."""
+    return "\n".join("    " + line for line in printable(text).split("\n"))

@@ -10,13 +10,16 @@ What a start does, in this order:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import functools
 import json
 import os
 import shlex
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +39,16 @@ from slimmoe_jax import (
     experts,
     heldout,
     host,
+    locking,
     metrics,
     ngrams,
+    progress,
     sharding,
     state,
     step,
     summary,
     trackers,
+    validation,
 )
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
@@ -50,6 +56,7 @@ from slimmoe_jax.data import loading, tokenizers
 from slimmoe_jax.data import records as records_lib
 from slimmoe_jax.progress import Meter, short
 from slimmoe_jax.state import TrainState
+from slimmoe_jax.terminal import printable
 
 # What a resumed run may change: everything else would make it another run.
 MAY_CHANGE: tuple[str, ...] = (
@@ -71,21 +78,36 @@ def main(argv: Sequence[str]) -> int:
         description="Trains a model; resumes by itself when the workdir holds a run. --dry-run prints the plan and stops.",
     )
     trackers.check(config)
+    host.check_devices()
+    distributed.check_same(distributed.versions() | _shared(config))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     attention.resolve_kernel(config.model, jnp.dtype(config.precision))
     with sharding.use(mesh):
         experts.resolve_dispatch(config.model, train=True)
     if dry_run:
-        print(summary.plan(config, mesh.size))
+        print(printable(summary.plan(config, mesh.size)))
         return 0
     return train(config, mesh)
 
 
 def train(config: TrainConfig, mesh: Mesh) -> int:
-    """Runs the training that the config describes. Returns the exit code: 0, or 128 + signal when asked to stop."""
+    """Runs the training that the config describes, as the only writer of its folder.
+
+    Returns: the exit code: 0, 128 + signal when asked to stop, 1 where the reader of records or an evaluation failed.
+    """
     workdir = config_lib.workdir(config)
-    _check_resumable(config, workdir)
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            _check_resumable(config, workdir)
+            if distributed.is_first():
+                held.enter_context(locking.one_writer(workdir, "train", "choose another --workdir"))
+                _check_resumable(config, workdir)  # again: another run may have begun in between
+                checkpoint.check_room(workdir, config)
+        return _train(config, mesh, workdir)
+
+
+def _train(config: TrainConfig, mesh: Mesh, workdir: Path) -> int:
     sharding.cache_programs(config.compilation_cache)
     resuming = _holds_run(workdir) and checkpoint.Checkpoints(workdir).latest is not None
     if resuming:  # where the weights came from stays known, whether it is named again or not
@@ -93,9 +115,11 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     initial = _initial_weights(config, mesh) if config.init_from and not resuming else None
 
     # --- data ---
-    with distributed.first_goes_first("records"):
+    with distributed.first_goes_first():
         opened = loading.open_parts(config.data, config.model)
+    distributed.check_same({f"records {part.manifest['source']} (sha256)": part.digest for part in opened})
     records, mixture = opened[0], loading.mixture(config.data, opened)
+    validation.check_batch(config.data, sum(map(len, mixture.splits)))
     if initial is not None:
         records_lib.check_same_tokenizer(records, initial.directory)
     if resuming:
@@ -118,6 +142,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             train_state = train_state.replace(params=initial.params, router=initial.router)
             distributed.say(f"starting from the weights of {initial.directory}, step {initial.step}")
     start = int(jax.device_get(train_state.step))
+    distributed.check_same({"the step to start from": start})
     if start >= config.steps:
         distributed.say(f"{workdir} has its {start} steps already: raise --steps to go on")
         return 0
@@ -140,6 +165,7 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
     # Step n is dispatched before the metrics of step n-1 are read, so that the device never waits for the host. Where a step is
     # done as its call returns, as on a CPU, they are read at once: a step's time is then its own.
     signals, pending, validation_loss = distributed.StopSignals(), None, None
+    failure: tuple[str, Exception] | None = None  # what failed beside the step: the state is good, and is saved
     with sharding.use(mesh), log, signals:
         distributed.say(f"compiling the training step: {summary.choices(config)}")
         if initial is not None:
@@ -152,14 +178,18 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
                 train_state, step_metrics = train_step(train_state, batch)
                 of_step = rows
                 if number < config.steps:
-                    batch, rows = put_next(batches, mesh)
+                    try:
+                        batch, rows = put_next(batches, mesh)
+                    except Exception as error:
+                        failure = "the reader of records", error
                 if pending:
                     log.step(*pending)
             pending = (number, step_metrics, of_step)
             if log.given_up:
                 break
-            last = signals.stop_after(number) or number == config.steps
+            last = signals.stop_after(number) or number == config.steps or failure is not None
             evaluated = number == config.steps or (config.eval.every > 0 and number % config.eval.every == 0)
+            evaluated = evaluated and failure is None
             if last and signals.received is not None:
                 distributed.say(f"{signals.received.name}: saving step {number}")
             ready = all(value.is_ready() for value in jax.tree.leaves(step_metrics))
@@ -168,26 +198,34 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
                 pending = None
             if evaluated:
                 watch(0)  # an evaluation may take as long as it takes
-                validation_loss = evaluator(train_state).loss
+                try:
+                    validation_loss = evaluator(train_state).loss
+                except Exception as error:
+                    failure, evaluated, last = ("the evaluation", error), False, True
+                    log.release()
                 watch(config.watchdog)
+            if failure and jax.process_count() > 1:
+                break  # the others know nothing of it, and saving takes all
             if last or number % config.checkpoint.every == 0:
                 checkpoints.save(number, train_state, data_state, config, validation_loss if evaluated else None)
             if last:
                 break
         watch(0)
         checkpoints.close()
+    if failure is not None:
+        return _failed(*failure, number, workdir)
     if log.given_up:
         at, of_step = log.given_up
         again = ""
         if jax.process_count() == 1:  # each process has but its own rows of the batch
             dump.write(workdir / "dump", config, records.tokenizer(), train_state, at, of_step)
-            again = f" python -m slimmoe_jax.dump --dump {workdir / 'dump'} runs the last of them again;"
+            again = f" python -m slimmoe_jax.dump --dump {shlex.quote(str(workdir / 'dump'))} replays the last of them;"
         raise InputError(
             f"{config.optim.skip_limit} steps in a row up to {at} had no usable loss:{again} lower optim.learning_rate and resume"
             " from the last checkpoint"
         )
     if signals.received is not None:
-        distributed.say(f"stopped by {signals.received.name}; saved step {number}: the same command goes on from there")
+        distributed.say(f"stopped by {signals.received.name}; saved step {number}: the same command resumes from there")
         return 128 + signals.received
 
     # --- done ---
@@ -197,14 +235,28 @@ def train(config: TrainConfig, mesh: Mesh) -> int:
             f"validation loss, nats a token: unigram {bars.unigram:.3f}, bigram {bars.bigram:.3f}, this model {validation_loss:.3f}"
         )
     distributed.say(f"finished {number} steps; the run is in {workdir}. Next:")
+    place = shlex.quote(str(workdir))
     if config.data.format == "multiple_choice":
-        distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir} --tasks held-out --held-out")
+        distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {place} --tasks held-out --held-out")
     else:
         how = "--chat" if config.data.format == "chat" else f"--prompt {shlex.quote(config.eval.prompt)}"
-        distributed.say(f"  python -m slimmoe_jax.generate --checkpoint {workdir} {how}")
-        distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {workdir}")
-    distributed.say(f"  python -m slimmoe_jax.train --config {workdir}/config.json --steps {2 * config.steps}   # goes on training")
+        distributed.say(f"  python -m slimmoe_jax.generate --checkpoint {place} {how}")
+        distributed.say(f"  python -m slimmoe_jax.evaluate --checkpoint {place}")
+    written = shlex.quote(str(workdir / "config.json"))
+    distributed.say(f"  python -m slimmoe_jax.train --config {written} --steps {2 * config.steps}   # continues training")
     return 0
+
+
+def _failed(what: str, error: Exception, number: int, workdir: Path) -> int:
+    """Says what ended the run after a step, and keeps the traceback in a file. Returns the exit code."""
+    story = workdir / f"failure-{jax.process_index()}.txt"
+    story.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    saved = f"step {number} is saved, and" if jax.process_count() == 1 else "the others end too, and from the last checkpoint"
+    progress.say(
+        f"error: {what} failed after step {number} ({config_lib.reason(error)}; {story} has the traceback): {saved} the same"
+        " command resumes the run"
+    )
+    return 1
 
 
 def put_next(batches: records_lib.Batches, mesh: Mesh) -> tuple[step.Batch, dict[str, np.ndarray]]:
@@ -219,9 +271,16 @@ def watch(seconds: int) -> None:
     A hung collective or a stalled reader leaves nothing else to be seen.
     """
     if seconds:
-        faulthandler.dump_traceback_later(seconds, exit=True)
+        # A notebook's stderr has no file number, and the original one is missing where it was closed.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     else:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a config that all processes of a job must have alike: folders may be mounted elsewhere on another host."""
+    fields = trackers.flat(config)
+    return {name: value for name, value in fields.items() if name not in ("compilation_cache", "trackers", "data.records")}
 
 
 def _holds_run(workdir: Path) -> bool:
@@ -343,6 +402,11 @@ class Log:
             text += f", {values['experts_per_token'].mean():.2f} experts a token"
             text += f", {int(values['dead_experts'].sum())} dead" if values["dead_experts"].sum() else ""
         self._meter.update(number, text)
+
+    def release(self) -> None:
+        """Writes the line that waits for an evaluation, where none comes."""
+        if self._tracker:
+            self._tracker.write(self._held)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Joins an evaluation to the line of its step. Its time does not count as training time."""

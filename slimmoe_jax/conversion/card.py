@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import slimmoe_jax
-from slimmoe_jax import contamination, metrics
+from slimmoe_jax import contamination, files, metrics
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import ModelConfig
 from slimmoe_jax.contamination import Stage
@@ -135,8 +134,8 @@ def _measured(run: Run) -> dict[str, Any]:
     """The run's line of metrics for the step; empty where there is none."""
     try:
         lines = (run.directory / "metrics.jsonl").read_text().splitlines()
-        return next(row for line in reversed(lines) if (row := json.loads(line)).get("step") == run.step)
-    except (OSError, ValueError, StopIteration):
+        return next(row for line in reversed(lines) if (row := files.parse_json(line)).get("step") == run.step)
+    except (OSError, ValueError, AttributeError, StopIteration):
         return {}
 
 

@@ -19,6 +19,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_slimmoe.SlimMoEModel",
     "AutoModelForCausalLM": "modeling_slimmoe.SlimMoEForCausalLM",
 }
+MOST_LAYERS = 10_000  # more are a damaged config
 # Their name -> our field, where the two mean the same.
 SAME = {
     "vocab_size": "vocab_size",
@@ -93,11 +94,14 @@ def from_hf(tree: dict[str, Any], where: str) -> tuple[ModelConfig, int]:
         router = {ours: tree[theirs] for theirs, ours in ROUTER_SAME.items()}
         layers = {int(layer): differing for layer, differing in (tree.get("per_layer_config") or {}).items()}
         values["rope_theta"] = float(tree["rope_parameters"]["rope_theta"])
+        number = tree["num_hidden_layers"]
+        if not 0 < number <= MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers = {number}")
         for theirs, ours in (("num_key_value_heads", "kv_heads"), ("rotary_fraction", "rotary")):
-            values[ours] = [layers.get(layer, {}).get(theirs, tree[theirs]) for layer in range(tree["num_hidden_layers"])]
+            values[ours] = [layers.get(layer, {}).get(theirs, tree[theirs]) for layer in range(number)]
         router["threshold"] = float(tree["router_threshold"])
         context = int(tree["max_position_embeddings"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{where} is no complete config of SlimMoE ({type(error).__name__}: {error}): restore it") from error
     balance = {"balance_weight": tree["router_aux_loss_coef"]} if tree.get("router_aux_loss_coef") else {"balance": "none"}
     router |= balance if router["kind"] != "relu" else {"l1_initial": tree.get("router_aux_loss_coef") or 1e-8}

@@ -34,6 +34,7 @@ def _selects_by_score(config: ModelConfig) -> bool:
     return config.is_moe and config.router.kind != "relu"
 
 
+_LARGE = 10**8  # values
 _LAYER, _OURS = "model.layers.{}.", "params/layer_{}/"
 TABLE = (
     Entry("model.embed_tokens.weight", ("params/embedding",), "same"),
@@ -132,6 +133,9 @@ def _to_theirs(entry: Entry, arrays: list[np.ndarray]) -> np.ndarray:
 
 def _to_ours(entry: Entry, name: str, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """The parts of a tensor, in our shapes."""
+    size = sum(math.prod(shape) for shape in shapes)
+    if tensor.size != size > _LARGE:  # whose shape is not to be found out by making one
+        raise InputError(f"{name} has {tensor.size:,} values, not {size:,}: the folder's config.json is of another model")
     expected = _to_theirs(entry, [np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape
     if tensor.shape != expected:
         raise InputError(f"{name} has the shape {tensor.shape}, not {expected}: the folder's config.json is of another model")

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from slimmoe_jax import files
 from slimmoe_jax.config import InputError
 
 POSITIONS = 2_048  # compared, in rows of the model's context
@@ -44,8 +45,13 @@ def check(folder: Path, expected: Expected, dtype: str) -> dict[str, Any]:
       InputError: the folder does not load whole, or in float32 its model is another one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        for field in dataclasses.fields(expected):
-            np.save(Path(scratch) / f"{field.name}.npy", getattr(expected, field.name))
+        try:
+            for field in dataclasses.fields(expected):
+                np.save(Path(scratch) / f"{field.name}.npy", getattr(expected, field.name))
+        except OSError as error:
+            raise InputError(
+                f"the temporary folder {scratch} could not be written ({error.strerror or error}): make room, or set TMPDIR"
+            ) from error
         # Code from the folder is copied to a cache before it runs: to one of this check's own.
         environment = os.environ | {
             "HF_MODULES_CACHE": f"{scratch}/modules",
@@ -63,6 +69,11 @@ def check(folder: Path, expected: Expected, dtype: str) -> dict[str, Any]:
     wrong = [
         f"{kind} {', '.join(figures[kind][:3])}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if figures[kind]
     ]
+    if files.not_finite(figures):
+        raise InputError(
+            f"what was written in {dtype} answers real text with logits that are not finite: its activations are too large for the"
+            " type; give --dtype float32, or convert an older step"
+        )
     if dtype == "float32" and figures["max_difference_compared"] >= TOLERANCE:
         wrong.append(f"logits differ by up to {figures['max_difference_compared']:.2g}, not below {TOLERANCE:g}")
     if dtype == "float32" and not figures["near_tie_positions"] and not figures["generation_agrees"]:

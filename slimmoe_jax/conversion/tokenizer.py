@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slimmoe_jax import files
 from slimmoe_jax.config import InputError
 from slimmoe_jax.data import tokenizers
 from slimmoe_jax.data.tokenizers import GPT2, SentencePiece, Tokenizer
@@ -38,7 +39,7 @@ def write(tokenizer: Tokenizer, context: int, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    files.write_json(directory / "tokenizer_config.json", settings)
     if tokenizer.path:
         shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
 
@@ -64,12 +65,13 @@ def read(directory: Path) -> Tokenizer:
     if (directory / "tokenizer.model").is_file():
         return tokenizers.load(str(directory / "tokenizer.model"))
     try:
-        kept = json.loads((directory / "tokenizer.json").read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kept = files.read_json(directory / "tokenizer.json")["model"]
+        vocabulary, merges = kept.get("vocab"), kept.get("merges")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} has no readable tokenizer.json: copy it from where the model came from") from error
     gpt2 = GPT2()
     ours = json.loads(_gpt2(gpt2).to_str())["model"]
-    if (kept.get("vocab"), kept.get("merges")) != (ours["vocab"], ours["merges"]):
+    if (vocabulary, merges) != (ours["vocab"], ours["merges"]):
         raise InputError(
             f"{directory}/tokenizer.json is neither GPT-2's nor beside a SentencePiece tokenizer.model: none other exists here"
         )

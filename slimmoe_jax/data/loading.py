@@ -6,7 +6,6 @@ its records are and a digest of them. It resumes, and is evaluated, on those and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ def open_parts(data: DataConfig, model: ModelConfig) -> list[Records]:
     """The records of `data.source`, and of each part of `data.mix`.
 
     Raises:
-      InputError: records are missing and their source is too large to prepare here, or they do not fit the config or differ from
-        what it would be prepared to now.
+      InputError: records are missing and their source is too large to prepare here; or they are damaged, do not fit the config,
+        or differ from what it would be prepared to now.
     """
     _check_vocabulary(data, model)
     main = _open_or_prepare(data, model)
@@ -84,6 +83,7 @@ def _open_or_prepare(data: DataConfig, model: ModelConfig) -> Records:
     if (directory / "manifest.json").exists():
         records = open_records(directory, data.context, model)
         prepare.check_made_for(data, records)
+        records.verify()
         return records
     source = prepare.open_source(data)
     if not source.local or source.total_bytes > AUTO_PREPARE_BYTES:
@@ -93,7 +93,9 @@ def _open_or_prepare(data: DataConfig, model: ModelConfig) -> Records:
         )
     manifest = prepare.prepare(data, directory)
     say("\n".join(prepare.summary_lines(manifest, directory)))
-    return open_records(directory, data.context, model)
+    records = open_records(directory, data.context, model)
+    records.verify()
+    return records
 
 
 # --- what a run remembers --------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def of_run(run: Path, config: TrainConfig) -> Records:
     """The records of a run's own source, as they were when it was trained; its config says where they are.
 
     Raises:
-      InputError: they are not there, or are others by now.
+      InputError: they are not there, are others by now, or are damaged.
     """
     directory = config_lib.records_dir(config.data)
     records = open_records(directory, config.data.context)
@@ -137,6 +139,7 @@ def of_run(run: Path, config: TrainConfig) -> Records:
             f"{run} was trained on other records (sha256 {kept[0]['digest'][:12]}) than those in {directory}"
             f" ({records.digest[:12]}): restore them, or name with --records what to evaluate on"
         )
+    records.verify()
     return records
 
 
@@ -150,7 +153,7 @@ def _remembered(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        entries = json.loads(path.read_text())["records"]
+        entries = files.read_json(path)["records"]
         return [{name: str(entry[name]) for name in ("source", "directory", "digest")} for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): restore it, or remove it to go on without knowing its records") from error

@@ -31,10 +31,12 @@ from slimmoe_jax import cli, config, files
 from slimmoe_jax.config import DataConfig, InputError
 from slimmoe_jax.data import packing, records, tokenizers, units
 from slimmoe_jax.data import sources as sources_lib
+from slimmoe_jax.data.reading import RowLimit
 from slimmoe_jax.data.sources import FINGERPRINT_VERSION, Interrupted, Source
 from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
 from slimmoe_jax.locking import locked
 from slimmoe_jax.progress import Meter, say, short, waiting
+from slimmoe_jax.terminal import printable
 
 _NAMED = 5  # bad rows and ignored files that are named
 _TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained on, from the source's start
@@ -42,7 +44,8 @@ _TOKENIZER_TEXT = 32 * 2**20  # characters of text that a tokenizer is trained o
 
 def open_source(data: DataConfig) -> Source:
     """The source that the config names, opened for its format."""
-    return sources_lib.open_source(data.source, units.field_of(data), data.split, data.format)
+    limit = RowLimit(data.max_row_bytes, "split it into several, or raise the limit with --data.max-row-bytes")
+    return sources_lib.open_source(data.source, units.field_of(data), data.split, data.format, limit)
 
 
 def with_tokenizer(part: DataConfig, main: Path) -> DataConfig:
@@ -436,12 +439,13 @@ def main(argv: Sequence[str]) -> int:
         say(f"{out} is prepared already")
     try:
         manifest = prepare(whole.data, out, workers)
-        print("\n".join(summary_lines(manifest, out)))
+        print(printable("\n".join(summary_lines(manifest, out))))
         for _, part in config.mixed(whole.data):
             part = with_tokenizer(part, out)
-            print("\n".join(summary_lines(prepare(part, config.records_dir(part), workers), config.records_dir(part))))
+            more = prepare(part, config.records_dir(part), workers)
+            print(printable("\n".join(summary_lines(more, config.records_dir(part)))))
     except KeyboardInterrupt:
-        say("stopped: the same command goes on from there")
+        say("stopped: the same command resumes from there")
         return 128 + signal.SIGINT
     vocabulary = manifest["tokenizer"]["vocab_size"]
     if vocabulary != whole.model.vocab_size:

@@ -12,15 +12,40 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from slimmoe_jax.config import InputError, reason
+from slimmoe_jax.config import DataConfig, InputError, reason
 from slimmoe_jax.progress import say
 
 UNIT_BYTES = 16 * 2**20
+UNIT_ROWS = 2**20  # rows of a unit at most: tiny ones take far more memory than their bytes
 BLOCK = 2**20
 _ZSTD_INPUT = 2**12  # compressed bytes per call: a run of one byte expands up to 32,768 times
 _ZSTD_WINDOW = 2**31  # the largest that any zstd writes
 
 Field = str | tuple[str, ...] | None  # a column or key; of several, the first that a row has; None: whole rows
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLimit:
+    """How long a row may be, and what to do about a longer one."""
+
+    bytes: int = DataConfig.max_row_bytes
+    advice: str = "split it into several"
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a row may take as Python's objects, by estimate: a list of a few bytes of JSON takes about a hundred."""
+        return 8 * self.bytes
+
+    def refusal(self, file: Path | str, row: str) -> InputError:
+        """The error to raise for a row that is too long."""
+        return InputError(f"{file}, {row}, is longer than {self.bytes:,} bytes: {self.advice}")
+
+    def too_many(self, file: Path | str, row: str) -> InputError:
+        """The error to raise for a row of too many values."""
+        return InputError(f"{file}, {row}, holds so many values that it would take over {self.memory:,} bytes: {self.advice}")
+
+
+NO_CONFIG = RowLimit()  # of what is read without one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +58,22 @@ class Unit:
     rows: list[Any] | None = None
     json: bool = False  # whether each row is a line of JSON, still to be parsed, instead of the value itself
     row_groups: tuple[int, ...] | None = None  # of the parquet file `file`
+    limit: RowLimit = NO_CONFIG  # of each row
 
 
-def group(file: str, rows: Iterable[tuple[Any, int, int]], json: bool = False) -> Iterator[Unit]:
+def group(file: str, rows: Iterable[tuple[Any, int, int]], json: bool = False, limit: RowLimit = NO_CONFIG) -> Iterator[Unit]:
     """Gathers rows into units. Each row comes with its length and how many bytes of the file are read up to it."""
     gathered: list[Any] = []
     length, first_row, before, done = 0, 1, 0, 0
     for row, row_length, done in rows:
         gathered.append(row)
         length += row_length
-        if length >= UNIT_BYTES:
-            yield Unit(file, first_row, done - before, gathered, json)
+        if length >= UNIT_BYTES or len(gathered) == UNIT_ROWS:
+            yield Unit(file, first_row, done - before, gathered, json, limit=limit)
             first_row += len(gathered)
             gathered, length, before = [], 0, done
     if gathered:
-        yield Unit(file, first_row, done - before, gathered, json)
+        yield Unit(file, first_row, done - before, gathered, json, limit=limit)
 
 
 def size_of(value: Any) -> int:
@@ -105,26 +131,35 @@ def unreadable(file: Path | str, error: OSError) -> InputError:
     return InputError(f"{file} cannot be read ({error.strerror}): check its permissions")
 
 
-def lines(file: Path, packing: str) -> Iterator[tuple[bytes, int]]:
+def lines(file: Path, packing: str, limit: RowLimit = NO_CONFIG) -> Iterator[tuple[bytes, int]]:
     """Lines with their ends, and how many bytes of the file are read.
 
     Args:
       packing: gz, zst, or empty for a plain file.
+      limit: of a line without its end.
     Raises:
-      InputError: the file is damaged or ends too early.
+      InputError: the file is damaged or ends too early, or a line is too long.
     """
-    rest: list[bytes] = []  # of a line that goes on in the next block
-    done = 0
+    rest: list[bytes] = []  # of a line that continues in the next block
+    length, number, done = 0, 1, 0
     for block, done in _blocks(file, packing):
         first, *others = block.split(b"\n")
         rest.append(first)
+        length += len(first)
+        if length > limit.bytes:
+            raise limit.refusal(file, f"line {number}")
         if not others:
             continue
         yield b"".join(rest) + b"\n", done
         *whole, last = others
         for line in whole:
+            number += 1
+            if len(line) > limit.bytes:
+                raise limit.refusal(file, f"line {number}")
             yield line + b"\n", done
-        rest = [last]
+        rest, length, number = [last], len(last), number + 1
+    if length > limit.bytes:
+        raise limit.refusal(file, f"line {number}")
     if any(rest):
         yield b"".join(rest), done
 
@@ -136,7 +171,8 @@ def _blocks(file: Path, packing: str) -> Iterator[tuple[bytes, int]]:
             if packing and not file.stat().st_size:
                 raise EOFError("it is empty")  # nothing at all, compressed, still has a header
             if packing == "zst":
-                yield from _zstd_blocks(file, raw)
+                for block, done in _zstd_blocks(file, raw):
+                    yield from ((block[start : start + BLOCK], done) for start in range(0, len(block), BLOCK))
             else:
                 stream = gzip.GzipFile(fileobj=raw) if packing else raw
                 while block := stream.read(BLOCK):

@@ -2,15 +2,18 @@
 
 A folder of records holds `manifest.json` and, for each split, files `.npy`, memory-mapped when read: [records, context + 1]
 of text, or [records, 3, context + 1] of packed examples (see `packing`). The manifest says what they are made of, with
-sha256 sums. Grain decides the order: it shuffles record numbers by seed and epoch, mixes sources by weight, and the state of
-the iterator is one number that goes into the checkpoint.
+sha256 sums. The files are compared with them when they are first used, and again when they have changed: `verified.json` keeps
+what they were like. Grain decides the order: it shuffles record numbers by seed and epoch, mixes sources by weight, and the state
+of the iterator is one number that goes into the checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,14 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimmoe_jax import files
 from slimmoe_jax.config import InputError, ModelConfig
 from slimmoe_jax.data import tokenizers
+from slimmoe_jax.progress import Meter, short
 
 if TYPE_CHECKING:
     import grain
 
 FORMAT = 2
 _EPOCHS = 1_000_000  # endless, within what Grain can count
+VERIFIED_FILE = "verified.json"  # in a folder of records, or below _ELSEWHERE where that cannot be written to
+_ELSEWHERE = "~/.cache/slimmoe_jax/verified"
+_SHOWN_FROM = 2**28  # bytes to compare from which progress is shown
+_BLOCK = 2**22  # bytes read at once
 
 
 class Split:
@@ -74,7 +83,13 @@ class Split:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the text that is to be predicted, a token."""
+        """UTF-8 bytes of the text that is to be predicted, a token.
+
+        Raises:
+          InputError: there is nothing to predict.
+        """
+        if self.bytes < 1 or self.targets < 1:
+            raise InputError(f"the records in {self._made_from[0]} have no targets in this split: prepare more text")
         return self.bytes / self.targets
 
 
@@ -111,13 +126,15 @@ class Records:
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self.directory, self.manifest = directory, manifest
-        self.context: int = manifest["context"]
+        self.context = int(manifest["context"])
         if manifest["record_length"] != self.context + 1:
             raise ValueError(f"record_length {manifest['record_length']} with context {self.context}")
-        self.end_token: int = manifest["tokenizer"]["end_token"]
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.end_token = int(manifest["tokenizer"]["end_token"])
+        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
         self.fingerprint: str = manifest["tokenizer"]["fingerprint"]
-        shape = (manifest["record_length"], manifest["channels"])
+        if not 0 <= self.end_token < self.vocab_size:
+            raise ValueError(f"end_token {self.end_token} of a vocabulary of {self.vocab_size}")
+        shape = (self.context + 1, manifest["channels"])
         self._splits = {name: Split(directory, entry, *shape) for name, entry in manifest["splits"].items()}
         for name in ("train", "validation"):
             if not len(self._splits[name]):
@@ -139,20 +156,93 @@ class Records:
         if tokenizer.fingerprint != self.fingerprint:
             raise InputError(
                 f"the tokenizer in {self.directory} (sha256 {tokenizer.fingerprint[:12]}) is not the one that made the records"
-                f" ({self.fingerprint[:12]}): restore it, or prepare the records anew"
+                f" ({self.fingerprint[:12]}): restore it, or prepare the records again"
             )
         return tokenizer
 
     def verify(self) -> None:
-        """Reads everything and compares it with the manifest's sha256 sums.
+        """Reads what was not read before, or has changed since, and compares it with the manifest's sha256 sums and the vocabulary.
 
         Raises:
-          InputError: a file differs.
+          InputError: a file is not what the manifest says, or holds tokens that the tokenizer does not have.
         """
-        for entry in self.manifest["splits"].values():
-            for file in entry["files"]:
-                if sha256(self.directory / file["file"]) != file["sha256"]:
-                    raise InputError(f"{self.directory / file['file']} is damaged (its sha256 differs): prepare the records anew")
+        entries = [file for entry in self.manifest["splits"].values() for file in entry["files"]]
+        before, marks = self._verified(), {}
+        total = sum((self.directory / file["file"]).stat().st_size for file in entries)
+        done = 0
+        with Meter(f"verify {self.directory}", total, quiet=total < _SHOWN_FROM) as meter:
+            for file in entries:
+                path = self.directory / file["file"]
+                mark = self._mark(path, file)
+                if before.get(file["file"]) != mark:
+                    for read in self._check(path, file):
+                        meter.update(done + read, f"{short(done + read)}B of {short(total)}B")
+                done += path.stat().st_size
+                marks[file["file"]] = mark
+        if marks != before:
+            self._keep_verified(marks)
+
+    def _mark(self, path: Path, entry: dict[str, Any]) -> list[Any]:
+        """What stays the same while a file does, and what it was compared with."""
+        now = path.stat()
+        return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, entry.get("sha256"), self.vocab_size, self.manifest["channels"]]
+
+    def _check(self, path: Path, entry: dict[str, Any]) -> Iterator[int]:
+        """Compares one file; yields the bytes read so far."""
+        channels: list[str] = self.manifest["channels"]
+        width = self.context + 1
+        most = {"tokens": self.vocab_size - 1, "segments": width, "targets": 1}
+        digest, faults = hashlib.sha256(), dict[str, int]()
+        try:
+            with path.open("rb") as file:
+                major, _ = np.lib.format.read_magic(file)
+                read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+                _, by_columns, dtype = read_header(file)
+                start = file.tell()
+                file.seek(0)
+                digest.update(file.read(start))
+                record = dtype.itemsize * width * len(channels)
+                while block := file.read(max(1, _BLOCK // record) * record):
+                    digest.update(block)
+                    values = np.frombuffer(block[: len(block) // record * record], dtype).reshape(-1, len(channels), width)
+                    for number, name in enumerate(channels):
+                        largest = int(values[:, number].max(initial=0))
+                        if largest > most.get(name, largest):
+                            faults[name] = max(largest, faults.get(name, 0))
+                    yield file.tell()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): restore it, or prepare the records again") from error
+        wrong = [f"it has {name} up to {largest:,}, where {most[name]:,} is the most" for name, largest in faults.items()]
+        if by_columns and len(channels) > 1:
+            wrong.insert(0, "it is stored by columns")
+        if digest.hexdigest() != entry.get("sha256"):
+            wrong.insert(0, "its sha256 is not the manifest's")
+        if wrong:
+            raise InputError(
+                f"{path} is damaged ({'; '.join(wrong)}): restore it, or remove the folder and prepare the records again"
+            )
+
+    def _verified_files(self) -> list[Path]:
+        name = hashlib.sha256(str(self.directory.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+        return [self.directory / VERIFIED_FILE, Path(_ELSEWHERE).expanduser() / f"{name}.json"]
+
+    def _verified(self) -> dict[str, Any]:
+        """The marks of the files that were compared before."""
+        for path in self._verified_files():
+            with contextlib.suppress(OSError, ValueError):
+                kept = files.read_json(path)
+                if isinstance(kept, dict):
+                    return kept
+        return {}
+
+    def _keep_verified(self, marks: dict[str, Any]) -> None:
+        """Keeps the marks where that is possible; what is lost is only time."""
+        for path in self._verified_files():
+            with contextlib.suppress(OSError):
+                if path.parent != self.directory:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(path, marks, f".{os.getpid()}.tmp")  # several processes may do so at once
+                return
 
 
 def open_records(directory: str | Path, context: int | None = None, model: ModelConfig | None = None) -> Records:
@@ -169,12 +259,12 @@ def open_records(directory: str | Path, context: int | None = None, model: Model
     if not path.is_file():
         raise InputError(f"{directory} holds no records (no manifest.json): run python -m slimmoe_jax.data.prepare")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = files.read_json(path)
         if manifest["format"] != FORMAT:
-            raise InputError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: prepare the records anew")
+            raise InputError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: prepare the records again")
         records = Records(directory, manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the records anew") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the records again") from error
     if context is not None and context != records.context:
         raise InputError(
             f"{directory} holds records of data.context = {records.context}, not {context}: prepare others with --data.records"
@@ -311,14 +401,14 @@ def sha256(path: Path) -> str:
 def _map_file(directory: Path, entry: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     path = directory / entry["file"]
     if path.parent != directory:
-        raise InputError(f"{directory}/manifest.json names {entry['file']}, outside its folder: prepare the records anew")
+        raise InputError(f"{directory}/manifest.json names {entry['file']}, outside its folder: prepare the records again")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:120]}): prepare the records anew") from error
+        raise InputError(f"{path} is damaged ({str(error)[:120]}): prepare the records again") from error
     if array.shape != (entry["records"], *shape) or array.dtype.kind != "u":
         raise InputError(
             f"{path} holds {array.dtype} {list(array.shape)}, the manifest says {[entry['records'], *shape]}:"
-            " prepare the records anew"
+            " prepare the records again"
         )
     return array

@@ -11,7 +11,6 @@ import hashlib
 import importlib.machinery
 import io
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from slimmoe_jax import files
 from slimmoe_jax.config import InputError
 
 
@@ -284,8 +284,9 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
     """Keeps a tokenizer in a run's folder: `tokenizer.json`, and the model file where it has one."""
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer.path:
-        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    (directory / "tokenizer.json").write_text(json.dumps(describe(tokenizer), indent=2) + "\n")
+        with files.replacing(directory / "tokenizer.model") as temporary:
+            shutil.copyfile(tokenizer.path, temporary)
+    files.write_json(directory / "tokenizer.json", describe(tokenizer))
 
 
 def saved(directory: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -298,7 +299,7 @@ def saved(directory: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """
     directory = Path(directory)
     try:
-        kept = json.loads((directory / "tokenizer.json").read_text())
+        kept = files.read_json(directory / "tokenizer.json")
         name, fingerprint = kept["name"], str(kept["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory} has no readable tokenizer.json: copy it from where the model was trained") from error

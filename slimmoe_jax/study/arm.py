@@ -8,8 +8,9 @@ and in the end has `result.json`. Started again, it goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ import jax
 from slimmoe_jax import cli, files, host, sharding, train
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import InputError, TrainConfig
-from slimmoe_jax.locking import locked
+from slimmoe_jax.locking import one_writer
 from slimmoe_jax.progress import say
-from slimmoe_jax.study import measure
+from slimmoe_jax.study import launch, measure
 from slimmoe_jax.study.design import Arm
 from slimmoe_jax.study.measure import Effort
+
+# Seconds that an arm waits for another process in its folder. A study admits one ablate at a time: the other process is an arm
+# of an earlier one, killed just now, that saves and ends.
+PATIENCE = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +68,12 @@ def read_spec(folder: Path) -> dict[str, Any]:
     """
     path = folder / "arm.json"
     try:
-        spec = json.loads(path.read_text())
-        spec["arm"], spec["levels"], spec["seed"], spec["config"], spec["effort"]
+        spec: dict[str, Any] = files.read_json(path)
+        parts = {"arm": str, "levels": dict, "seed": int, "config": dict, "effort": dict}
+        wrong = [name for name, kind in parts.items() if not isinstance(spec[name], kind)]
+        Effort(**spec["effort"])
+        if wrong:
+            raise ValueError(wrong[0])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged: give a folder that slimmoe_jax.ablate made, or remove it") from error
     return spec
@@ -74,13 +83,25 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(ArmArgs, argv, prog="study.arm", description=__doc__.splitlines()[0], default=ArmArgs())
     if not args.folder:
         raise InputError("--folder is missing: give the folder of an arm and seed")
-    return run(Path(args.folder))
+    return run(Path(args.folder), PATIENCE if launch.end_with_parent() else 0)
 
 
-def run(folder: Path) -> int:
-    """Trains, measures, and writes the folder's result.json. Returns the exit code of the training."""
-    spec = read_spec(folder)
-    with locked(folder, f"another process is at work in {folder}: wait for it, or stop it"):
+def run(folder: Path, patience: float = 0) -> int:
+    """Trains, measures, and writes the folder's result.json. Returns the exit code of the training.
+
+    Args:
+      patience: seconds to wait for another process to leave the folder.
+    """
+    spec, deadline = read_spec(folder), time.monotonic() + patience
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(one_writer(folder, "study.arm", "give the study another --out"))
+                break
+            except InputError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
         return _run(folder, spec)
 
 

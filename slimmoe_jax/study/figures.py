@@ -22,13 +22,15 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from slimmoe_jax import metrics  # noqa: E402
 from slimmoe_jax.config import TrainConfig  # noqa: E402
 from slimmoe_jax.study import measure, statistics  # noqa: E402
+from slimmoe_jax.terminal import one_line  # noqa: E402
 
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SMOOTHED = 0.05  # share of a training that a training loss is averaged over, to be seen through its noise
+MOST_CHARACTERS = 60  # of a name in a legend; a longer one is cut here, and whole in the tables
+MOST_BESIDE_MAPS = 24
 LOOKS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
@@ -62,6 +64,13 @@ def _styled(draw: Drawing) -> Drawing:
     return cast(Drawing, styled)
 
 
+def label(name: str, most: int = MOST_CHARACTERS) -> str:
+    """A name from elsewhere as matplotlib shows it: no formula, and no legend leaves it out."""
+    name = one_line(name)
+    name = name if len(name) <= most else name[: most - 1] + "…"
+    return (" " * name.startswith("_") + name).replace("$", r"\$")
+
+
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +85,7 @@ def loss_curves(panels: Panels, against: str) -> Figure:
         loss = np.mean([_smooth(curve["loss"][:points]) for curve in curves], axis=0)
         place = np.mean([curve[against][:points] for curve in curves], axis=0)
         late = slice(points // 10, None)
-        axes.plot(place[late], loss[late], **style | {"marker": ""}, label=f"{line.label} ({loss[-1]:.3f})")
+        axes.plot(place[late], loss[late], **style | {"marker": ""}, label=f"{label(line.label)} ({loss[-1]:.3f})")
 
     figure = _panels(panels, draw, names[against], "training loss, nats a token")
     if against == "flops":
@@ -97,7 +106,7 @@ def loss_by_position(panels: Panels) -> Figure:
         losses = np.mean([[row["loss"] for row in run.result["by_position"]] for run in line.runs], axis=0)
         places = [(row["first"] + row["last"]) / 2 + 1 for row in bins]
         within = float(np.mean([run.result["loss_1x"] for run in line.runs]))
-        axes.plot(places, losses - within, **style | {"markersize": 3}, label=f"{line.label} ({within:.3f})")
+        axes.plot(places, losses - within, **style | {"markersize": 3}, label=f"{label(line.label)} ({within:.3f})")
 
     context = _first(panels).config.data.context
     figure = _panels(panels, draw, "position, tokens", "loss less the mean at 1x, nats a token")
@@ -119,7 +128,7 @@ def loss_against_cache(panels: Panels) -> Figure:
         cache = np.array([run.result["kv_bytes_per_token"] / 1024 for run in line.runs])
         loss = np.array([run.result["validation_loss"] for run in line.runs])
         sizes = np.unique(cache)
-        axes.plot(sizes, [loss[cache == size].mean() for size in sizes], **style, label=line.label)
+        axes.plot(sizes, [loss[cache == size].mean() for size in sizes], **style, label=label(line.label))
         axes.plot(cache, loss, linestyle="none", marker="_", color=style["color"])
 
     figure = _panels(panels, draw, "KV cache, KiB a token (float32)", "validation loss, nats a token")
@@ -144,8 +153,8 @@ def differences(found: Sequence[statistics.Difference], reference: str, unit: st
         axes.axvspan(-floor, floor, color="0.9", zorder=0, label=f"noise floor, {floor:.3f}")
         axes.legend(loc="best", frameon=False)
     axes.axvline(0, color="0.5", linewidth=0.8)
-    axes.set_yticks(range(len(found)), [difference.arm for difference in reversed(found)])
-    axes.set(xlabel=f"{unit}, difference from {reference}")
+    axes.set_yticks(range(len(found)), [label(difference.arm) for difference in reversed(found)])
+    axes.set(xlabel=f"{unit}, difference from {label(reference)}")
     return figure
 
 
@@ -155,12 +164,13 @@ def differences(found: Sequence[statistics.Difference], reference: str, unit: st
 @_styled
 def load_maps(run: Shown) -> Figure | None:
     """Share of choices that each expert got, by layer and step."""
-    rows = [row for row in metrics.read_jsonl(run.directory / "metrics.jsonl") if "load" in row]
+    experts, layers = run.config.model.experts, run.config.model.layers
+    found = [(row["step"], _map_of(row.get("load"), layers, experts)) for row in measure.log(run.directory)]
+    rows = [(step, load) for step, load in found if load is not None]
     if not rows:
         return None
-    load = np.array([row["load"] for row in rows])  # [time, N, E]
-    experts = load.shape[2]
-    extent = (rows[0]["step"], rows[-1]["step"], experts - 0.5, -0.5)
+    load = np.array([load for _, load in rows])  # [time, N, E]
+    extent = (rows[0][0], rows[-1][0], experts - 0.5, -0.5)
 
     def draw(axes: Axes, layer: int) -> Any:
         axes.set_yticks(range(experts))
@@ -171,6 +181,15 @@ def load_maps(run: Shown) -> Figure | None:
     return figure
 
 
+def _map_of(load: Any, layers: int, experts: int) -> np.ndarray | None:
+    """A row's load as an array [N, E]; None where it has none of that form."""
+    try:
+        found = np.array(load, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return found if found.shape == (layers, experts) else None
+
+
 @_styled
 def experts_by_frequency(panels: Panels) -> Figure | None:
     """Experts that a token uses, by how frequent it is in the training text."""
@@ -178,7 +197,7 @@ def experts_by_frequency(panels: Panels) -> Figure | None:
     def draw(axes: Axes, line: Line, style: dict[str, Any]) -> None:
         rows = line.runs[0].result["experts_by_frequency"]
         experts = np.mean([[row["experts"] for row in run.result["experts_by_frequency"]] for run in line.runs], axis=0)
-        axes.plot([row["frequency"] for row in rows], experts, **style, label=line.label)
+        axes.plot([row["frequency"] for row in rows], experts, **style, label=label(line.label))
 
     kept = _with(panels, "experts_by_frequency")
     if not kept:
@@ -196,7 +215,7 @@ def saturation(panels: Panels) -> Figure | None:
     def draw(axes: Axes, line: Line, style: dict[str, Any]) -> None:
         rows = line.runs[0].result["saturation"]
         share = np.mean([[row["mean"] for row in run.result["saturation"]] for run in line.runs], axis=0)
-        axes.plot([row["step"] for row in rows], 100 * share, **style, label=line.label)
+        axes.plot([row["step"] for row in rows], 100 * share, **style, label=label(line.label))
 
     kept = _with(panels, "saturation")
     if not kept:
@@ -223,7 +242,7 @@ def class_maps(run: Shown, what: str) -> Figure | None:
 
     def draw(axes: Axes, layer: int) -> Any:
         axes.set_xticks(range(experts))
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [label(name, MOST_BESIDE_MAPS) for name in names])
         return axes.imshow(load[layer], **_map_scale(experts))
 
     return _layer_maps(load.shape[0], experts, (1.9, 0.5 + 0.2 * len(names)), (1.2, 0.8), draw, "expert")
@@ -267,7 +286,7 @@ def copying(panels: Panels) -> Figure | None:
         rows = [[r for r in run.result["probes"] if r["kind"] == "copy"] for run in line.runs]
         worth = np.mean([[r["nats_before"] - r["nats"] for r in of_run] for of_run in rows], axis=0)
         accuracy = float(np.mean([r["accuracy"] for of_run in rows for r in of_run]))
-        axes.plot([r["length"] for r in rows[0]], worth, **style, label=f"{line.label} ({accuracy:.1%} right)")
+        axes.plot([r["length"] for r in rows[0]], worth, **style, label=f"{label(line.label)} ({accuracy:.1%} right)")
 
     kept = _with(panels, "probes")
     if not kept:
@@ -291,7 +310,7 @@ def needles(panels: Panels) -> Figure | None:
             ]
             worth = np.mean([[a - r["nats"] for r in of_run] for a, of_run in zip(absent, rows, strict=True)], axis=0)
             chosen = style | ({"marker": marker} if marker is not None else {})
-            axes.plot([100 * r["depth"] for r in rows[0]], worth, **chosen, label=f"{line.label}, {length} tokens")
+            axes.plot([100 * r["depth"] for r in rows[0]], worth, **chosen, label=f"{label(line.label)}, {length} tokens")
 
     kept = {title: [line for line in lines if _needles(line.runs[0])] for title, lines in _with(panels, "probes").items()}
     kept = {title: lines for title, lines in kept.items() if lines}
@@ -315,7 +334,7 @@ def _panels(panels: Panels, draw: Callable[[Axes, Line, dict[str, Any]], None], 
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=True):
         for line, style in zip(lines, _styles(len(lines)), strict=True):
             draw(axes, line, style)
-        axes.set(xlabel=x, title=title)
+        axes.set(xlabel=x, title=label(title))
         axes.legend(frameon=False, fontsize=8)
     grid.flat[0].set_ylabel(y)
     return figure

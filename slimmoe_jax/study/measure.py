@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slimmoe_jax import checkpoint, heldout, likelihood, metrics, sharding, state
+from slimmoe_jax import checkpoint, files, heldout, likelihood, metrics, sharding, state
 from slimmoe_jax.checkpoint import Run
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.data import loading, sources, tokenizers
@@ -44,15 +45,71 @@ def measure(directory: str | Path, mesh: Mesh, effort: Effort | None = None) -> 
     """All that is measured of a run, in a form that JSON can hold.
 
     Raises:
-      InputError: not a run of text, or its records are gone.
+      InputError: not a run of text, its records are gone, or it diverged.
     """
     effort = effort or Effort()
     run = checkpoint.load_run(directory, mesh)
     if run.config.data.format != "text":
         raise InputError(f"{directory} was trained on {run.config.data.format}: the probes are for models of running text")
     records = loading.of_run(run.directory, run.config)
-    rows = training(run.directory, run.config)
-    return costs(run.config) | rows | _asked(run, records, mesh, effort)
+    rows = training(run.directory, run.config, run.step)
+    asked = _asked(run, records, mesh, effort)
+    if names := files.not_finite(asked):
+        raise InputError(f"{directory} diverged: {names[0]} at step {run.step} is not finite: lower optim.learning_rate")
+    return costs(run.config) | rows | asked
+
+
+# What reports read of a result: numbers, and lists of rows of numbers. Those in _OF_ROUTERS are of models with routers alone.
+_NUMBERS: tuple[str, ...] = ("step", "seconds", "tokens", "validation_loss", "parameters", "active_parameters", "flops_per_token")
+_NUMBERS += ("kv_bytes_per_token", *(f"loss_{factor}x" for factor in LENGTHS))
+_ROWS = {"by_position": ("first", "last", "loss"), "probes": ("length", "depth", "nats", "accuracy")}
+_OF_ROUTERS = {"experts_by_frequency": ("frequency", "experts"), "saturation": ("step", "mean")}
+
+
+def check_result(result: Any) -> None:
+    """Raises ValueError, saying what is wrong, where a tree read from a `result.json` is not what `measure` returned."""
+    if not isinstance(result, dict):
+        raise ValueError(f"it is a {type(result).__name__}, not an object")
+    for name in _NUMBERS:
+        if not is_number(result.get(name)):
+            raise ValueError(f"{name} is not a number")
+    for name, columns in (_ROWS | _OF_ROUTERS).items():
+        if name in _ROWS or name in result:
+            _check_rows(name, result.get(name), columns)
+    for names, shares in _shares(result):
+        _check_shares(names, shares)
+    if names := files.not_finite(result):
+        raise ValueError(f"{names[0]} is not finite")
+
+
+def _check_rows(name: str, rows: Any, columns: Sequence[str]) -> None:
+    if not isinstance(rows, list):
+        raise ValueError(f"{name} is not a list")
+    for row in rows:
+        if not isinstance(row, dict) or not all(is_number(row.get(column)) for column in columns):
+            raise ValueError(f"{name} has a row without {', '.join(columns)}")
+
+
+def _shares(result: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The names of classes and of sources, and their shares of experts, as far as a result has them."""
+    found = [(result["classes"], result.get("load_by_class"))] if "classes" in result else []
+    if source := result.get("by_source"):
+        found.append((source.get("sources"), source.get("load")) if isinstance(source, dict) else (None, None))
+    return found
+
+
+def _check_shares(names: Any, shares: Any) -> None:
+    try:
+        fits = np.array(shares, dtype=float).shape[1:2] == (len(names),) and all(isinstance(name, str) for name in names)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError("its shares of experts have another form")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def costs(config: TrainConfig) -> dict[str, float]:
@@ -69,36 +126,75 @@ def costs(config: TrainConfig) -> dict[str, float]:
     }
 
 
-def training(directory: Path, config: TrainConfig) -> dict[str, Any]:
-    """What the log of a run tells of its end, and of trouble on the way."""
+def log(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl` that have tokens per second; damaged ones are left out.
+
+    Raises:
+      InputError: there is no such file, or no such row.
+    """
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{directory} has no metrics.jsonl: give the folder of a training run")
-    rows = metrics.read_jsonl(path)
-    evaluated = [row for row in rows if row.get("validation_loss") is not None]
+    rows = [row for row in metrics.read_jsonl(path) if is_number(row.get("tokens_per_second"))]
+    if not rows:
+        raise InputError(f"{path} has no row of a training step: let the run finish, or restore the file")
+    return rows
+
+
+def training(directory: Path, config: TrainConfig, step: int) -> dict[str, Any]:
+    """What the log of a run tells of its training up to a checkpoint, and of trouble on the way.
+
+    Raises:
+      InputError: there is no evaluation up to `step`, or the newest one gave no finite loss.
+    """
+    path = directory / "metrics.jsonl"
+    rows = [row for row in log(directory) if row["step"] <= step]
+    evaluated = [row for row in rows if "validation_loss" in row]
     if not evaluated:
-        raise InputError(f"{path} holds no evaluation: let the run finish")
-    last = rows[-max(1, len(rows) // 10) :]
+        raise InputError(f"{path} holds no evaluation up to step {step}, the newest checkpoint's: let the run finish")
+    newest = evaluated[-1]
+    if not is_number(newest["validation_loss"]):
+        raise InputError(
+            f"{directory} diverged: its validation loss at step {newest['step']} is not finite: lower optim.learning_rate"
+        )
     result: dict[str, Any] = {
-        "step": evaluated[-1]["step"],
-        "validation_loss": evaluated[-1]["validation_loss"],
-        "bits_per_byte": evaluated[-1]["validation_bits_per_byte"],
+        "step": step,
+        "validation_loss": newest["validation_loss"],
+        "bits_per_byte": _number(newest.get("validation_bits_per_byte")),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
         "seconds": float(curve(directory, config)["seconds"][-1]),
-        "peak_memory_bytes": max((row.get("peak_memory_bytes") or 0 for row in rows), default=0) or None,
-        "spike_score": rows[-1].get("spike_score"),
+        "peak_memory_bytes": max((_number(row.get("peak_memory_bytes")) or 0 for row in rows), default=0) or None,
+        "spike_score": _number(rows[-1].get("spike_score")),
         "skipped": sum(bool(row.get("skipped")) for row in rows),  # of the steps that the log has
     }
     if config.model.is_moe:
-        result["max_violation"] = float(np.mean([row["max_violation"] for row in last]))
-        result["experts_per_token"] = float(np.mean([row["experts_per_token"] for row in last]))
-        result["dead_experts"] = int(sum(rows[-1]["dead_experts"]))
+        last = rows[-max(1, len(rows) // 10) :]
+        for name in ("max_violation", "experts_per_token"):
+            result[name] = _mean_of_layers([row.get(name) for row in last])
+        dead = _mean_of_layers([rows[-1].get("dead_experts")])
+        result["dead_experts"] = None if dead is None else round(dead * config.model.layers)
     return result
 
 
+def _number(value: Any) -> float | None:
+    return value if is_number(value) else None
+
+
+def _mean_of_layers(values: Sequence[Any]) -> float | None:
+    """The mean of lists by layer, those left out that hold anything but numbers; None where no list is left."""
+    whole = [row for row in values if isinstance(row, list) and row and all(map(is_number, row))]
+    return float(np.mean([np.mean(row) for row in whole])) if whole else None
+
+
 def curve(directory: Path, config: TrainConfig) -> dict[str, np.ndarray]:
-    """Training loss by step, tokens, FLOPs and seconds, from the log; its first stretch, which compiles, at the median rate."""
-    rows = [row for row in metrics.read_jsonl(directory / "metrics.jsonl") if row.get("loss") is not None]
+    """Training loss by step, tokens, FLOPs and seconds, from the log; its first stretch, which compiles, at the median rate.
+
+    Raises:
+      InputError: the log has no step with a finite loss.
+    """
+    rows = [row for row in log(directory) if is_number(row.get("loss")) and row["tokens_per_second"] > 0]
+    if not rows:
+        raise InputError(f"{directory / 'metrics.jsonl'} has no step with a finite loss: lower optim.learning_rate and train again")
     steps, rates = np.array([row["step"] for row in rows]), np.array([row["tokens_per_second"] for row in rows])
     tokens = steps * config.data.batch_size * config.data.context
     rates[0] = np.median(rates)
@@ -255,8 +351,16 @@ def _saturation(run: Run, text: np.ndarray, final: np.ndarray, mesh: Mesh, ask: 
     steps = sorted(int(path.name) for path in (run.directory / "checkpoints").iterdir() if path.name.isdigit())
     flat = final.reshape(final.shape[0], -1, final.shape[-1])
     found = []
-    for step in steps[:-1]:
-        chosen = _chosen(ask(text, f"step {step}", checkpoint.load_run(run.directory / str(step), mesh)))
+    for step in steps:
+        if step >= run.step:
+            continue
+        try:
+            earlier = checkpoint.load_run(run.directory / str(step), mesh)
+        except InputError:
+            if (run.directory / "checkpoints" / str(step)).is_dir():
+                raise
+            continue  # a training that goes on has removed it since
+        chosen = _chosen(ask(text, f"step {step}", earlier))
         share = probes.saturation(chosen.reshape(flat.shape), flat)
         found.append({"step": step, "by_layer": _rounded(share), "mean": float(share.mean())})
     return found
@@ -268,7 +372,7 @@ def _by_source(effort: Effort, tokenizer: tokenizers.Tokenizer, length: int, ask
     wanted = 2 * length  # tokens of each source
     for unit in sources.open_source(effort.texts, None).units():
         for _, row in sources.rows(unit, None):
-            if not isinstance(row, dict) or not {"text", "source"} <= row.keys():
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str) or row.get("source") is None:
                 raise InputError(f"{effort.texts} has rows without text or source: give JSON Lines of both")
             name = re.split(r"[/:]", str(row["source"]))[0]
             tokens = by_source.setdefault(name, [])

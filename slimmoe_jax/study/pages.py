@@ -1,4 +1,8 @@
-"""Writes a report: tables and figures in Markdown, and the same as one HTML file that needs nothing beside it."""
+"""Writes a report: tables and figures in Markdown, and the same as one HTML file that needs nothing beside it.
+
+Names and texts from elsewhere go through `plain`, which leaves them no meaning in Markdown or HTML; so do the cells of a table that
+are not `Marked`. Raw HTML in the Markdown is shown as text.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import datetime
 import html
 import importlib.metadata
 import math
+import os
 import platform
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +24,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from slimmoe_jax import config as config_lib
+from slimmoe_jax import files
+from slimmoe_jax.config import InputError
 from slimmoe_jax.progress import short
 from slimmoe_jax.study import design, figures, statistics
 from slimmoe_jax.study.design import Study
 from slimmoe_jax.study.figures import Line, Shown
+from slimmoe_jax.terminal import one_line
 
 MOST_LINES = 8  # in one panel; a study of more arms has a panel for each axis
 
@@ -38,27 +47,80 @@ pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; } pre code { paddin
 # Below this p the report warns that arms scatter too differently to share one noise: in one study of a hundred without reason.
 UNEQUAL = 0.01
 
+LONGEST_NAME = 255  # bytes of a file's name, in all usual file systems
+
+
+# What may mean something in Markdown or HTML: punctuation; an underscore outside of a word; a space at either end; at the start,
+# what begins a list or is a rule.
+_SPECIAL = re.compile(
+    r"""[!"#$&*<>@\[\\\]`{|}~]|(?<![^\W_])_|_(?![^\W_])|^ | $|^[-+](?= )|^[-=](?=[-= ]*$)|^\d(?=\d*[.)](?: |$))"""
+)
+
+
+class Marked(str):
+    """Markdown of our own, as it is."""
+
+
+def plain(text: object) -> str:
+    """Text from elsewhere as Markdown that shows it as it is, on one line; control characters are shown as escapes."""
+    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", one_line(str(text)))
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raises InputError where a folder cannot be made or written into. Makes nothing."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{flag} {folder}: the name is not valid UTF-8: give another folder") from error
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise InputError(f"{flag} {folder}: the name is too long: give another folder")
+    try:
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        usable = place.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {folder}: {config_lib.reason(error)}: give another folder") from error
+    if not usable:
+        raise InputError(f"{flag} {folder}: {place} is no folder: give another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: {place} cannot be written to: give another folder")
+
+
+def _converter() -> markdown.Markdown:
+    """Markdown to HTML without raw HTML, links and references, none of which a report has."""
+    converter = markdown.Markdown(extensions=["tables"])
+    converter.preprocessors.deregister("html_block")
+    converter.parser.blockprocessors.deregister("reference")
+    for name in ("html", "link", "autolink", "automail", "reference", "short_reference", "image_reference", "short_image_ref"):
+        converter.inlinePatterns.deregister(name)
+    return converter
+
 
 class Page:
     """Collects Markdown and figures, and writes both forms."""
 
     def __init__(self, title: str, out: Path):
-        self._title, self._out, self._parts = title, out, [f"# {title}"]
+        """`title` is plain text."""
+        self._title, self._out, self._parts = title, out, [f"# {plain(title)}"]
 
     def text(self, *paragraphs: str) -> None:
+        """Adds Markdown."""
         self._parts += paragraphs
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        """Adds a table; a cell that is not Marked is plain text."""
+        rule = Marked("---"), *[Marked("---:")] * (len(header) - 1)
+        lines = [[cell if isinstance(cell, Marked) else plain(cell) for cell in line] for line in (header, rule, *rows)]
         self._parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
     def figure(self, name: str, caption: str, figure: Figure | None) -> None:
-        """Writes figures/NAME.png; nothing where there is no figure."""
+        """Writes figures/NAME.png; nothing where there is no figure. The caption is Markdown."""
         if figure is None:
             return
         folder = self._out / "figures"
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        with warnings.catch_warnings(), files.replacing(folder / f"{name}.png") as temporary:
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script that the font lacks
+            figure.savefig(temporary, dpi=130, format="png")
         plt.close(figure)
         self._parts.append(f"![{caption}](figures/{name}.png)")
         self._parts.append(f"*{caption}*")
@@ -67,13 +129,16 @@ class Page:
         """Writes NAME.md and NAME.html; returns the latter's path."""
         self._out.mkdir(parents=True, exist_ok=True)
         text = "\n\n".join(self._parts) + "\n"
-        (self._out / f"{name}.md").write_text(text)
-        body = markdown.markdown(text, extensions=["tables", "fenced_code"])
-        body = re.sub(r'src="(figures/[^"]+)"', lambda match: f'src="{self._embedded(match[1])}"', body)
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{self._title}</title>'
+        with files.replacing(self._out / f"{name}.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        body = _converter().convert(text)
+        body = re.sub(r'(<img alt="[^"]*" src=")(figures/\w+\.png)"', lambda match: f'{match[1]}{self._embedded(match[2])}"', body)
+        title = html.escape(one_line(self._title))
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
         whole = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
         path = self._out / f"{name}.html"
-        path.write_text(whole)
+        with files.replacing(path) as temporary:
+            temporary.write_text(whole, encoding="utf-8")
         return path
 
     def _embedded(self, name: str) -> str:
@@ -136,8 +201,15 @@ def _shown(result: Mapping[str, Any]) -> Shown:
 
 
 def _hypothesis(text: str) -> list[str]:
-    """The docstring's paragraphs; its indented ones, commands, stay as they are."""
-    return [part if part.startswith("    ") else html.escape(" ".join(part.split()), quote=False) for part in text.split("\n\n")]
+    """The docstring's paragraphs; its indented ones, commands, are code."""
+    return [_paragraph(part) for part in text.split("\n\n") if part.strip()]
+
+
+def _paragraph(text: str) -> str:
+    lines = text.split("\n")
+    if all(line.startswith("    ") for line in lines if line.strip()):
+        return "\n".join(f"    {one_line(line.removeprefix('    '))}" for line in lines if line.strip())
+    return plain(" ".join(text.split()))
 
 
 def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequence[tuple[str, int]]) -> str:
@@ -146,15 +218,16 @@ def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequ
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("slimmoe_jax", "jax", "flax"))
     counts = sorted(len(runs) for runs in shown.values())
     seeds = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    source, device = plain(Path(config.data.source).name), plain(result.get("device", "an unknown device"))
     line = (
         f"{len(shown)} arm(s), {seeds} seed(s) each; {short(result['tokens'])} tokens a run, {config.data.batch_size} sequences of"
-        f" {config.data.context} a step, from {Path(config.data.source).name}; {result['device']}; {versions}, Python"
+        f" {config.data.context} a step, from {source}; {device}; {versions}, Python"
         f" {platform.python_version()}; {datetime.date.today().isoformat()}."
     )
     asked = len(design.arms(study)) * len(study.seeds)
     done = sum(counts)
     if done < asked:
-        named = f": failed were {', '.join(f'{arm} (seed {seed})' for arm, seed in failed)}" if failed else ""
+        named = f": failed were {', '.join(f'{plain(arm)} (seed {seed})' for arm, seed in failed)}" if failed else ""
         line += f" {asked - done} of {asked} runs are missing{named}."
     return line
 
@@ -162,7 +235,7 @@ def _provenance(shown: Mapping[str, Sequence[Shown]], study: Study, failed: Sequ
 def _claims(study: Study, losses: statistics.Values, reference: str) -> list[str]:
     """What is beyond the noise, in sentences; and what the noise is."""
     if reference not in losses:
-        return [f"Nothing can be compared: no run of {reference}, the reference, is finished."]
+        return [f"Nothing can be compared: no run of {plain(reference)}, the reference, is finished."]
     found, pooled = statistics.differences(losses, reference), statistics.noise(losses)
     if not pooled.freedom or not found:
         spread = statistics.interval(list(losses[reference].values()))
@@ -183,9 +256,11 @@ def _claims(study: Study, losses: statistics.Values, reference: str) -> list[str
     lines += _unequal(statistics.scatter(losses))
     beyond = sorted((d for d in found if d.beyond_noise), key=lambda d: d.estimate.mean)
     within = [d.arm for d in found if not d.beyond_noise]
-    bullets = [f"- **{d.arm}** is {_better(d.estimate.mean)} than {reference} by {_amount(d.estimate)}." for d in beyond]
+    bullets = [
+        f"- **{plain(d.arm)}** is {_better(d.estimate.mean)} than {plain(reference)} by {_amount(d.estimate)}." for d in beyond
+    ]
     if within:
-        bullets.append(f"- Not told apart from {reference}: {', '.join(within)}.")
+        bullets.append(f"- Not told apart from {plain(reference)}: {', '.join(map(plain, within))}.")
     lines.append("\n".join(bullets))
     if design.is_factorial(study):
         lines += _factorial_claims(_terms(study, losses))
@@ -197,9 +272,9 @@ def _unequal(found: statistics.Scatter | None) -> list[str]:
     if found is None or not found.p < UNEQUAL:
         return []
     return [
-        f"Arms do not scatter alike over seeds (standard deviations from {found.least:.4f}, {found.quietest}, to {found.most:.4f},"
-        f" {found.widest}; Bartlett's test: p = {found.p:.2g}). One floor for all is then too wide for the quiet ones and too "
-        "narrow for the others."
+        f"Arms do not scatter alike over seeds (standard deviations from {found.least:.4f}, {plain(found.quietest)}, to"
+        f" {found.most:.4f}, {plain(found.widest)}; Bartlett's test: p = {found.p:.2g}). One floor for all is then too wide for the"
+        " quiet ones and too narrow for the others."
     ]
 
 
@@ -209,12 +284,12 @@ def _factorial_claims(terms: Sequence[statistics.Term]) -> list[str]:
     alpha = (1 - statistics.LEVEL) / len(terms)
     said, silent = [], []
     for term in terms:
-        name = " x ".join(term.axes)
+        name = plain(" x ".join(term.axes))
         if not term.p < alpha:
             silent.append(name)
             continue
         best, worst = (pick(term.effects, key=lambda levels: term.effects[levels]) for pick in (min, max))
-        words = f"from {'/'.join(best)} ({term.effects[best]:+.4f}) to {'/'.join(worst)} ({term.effects[worst]:+.4f})"
+        words = f"from {plain('/'.join(best))} ({term.effects[best]:+.4f}) to {plain('/'.join(worst))} ({term.effects[worst]:+.4f})"
         said.append(f"- {'The interaction' if len(term.axes) > 1 else 'The effect'} of **{name}** is beyond noise: {words}.")
     if silent:
         said.append(f"- No effect beyond noise: {', '.join(silent)}.")
@@ -231,7 +306,8 @@ def _amount(estimate: statistics.Estimate) -> str:
 
 
 def _difference_note(reference: str) -> str:
-    return f"Differences are to {reference}, paired by seed, with the interval of the pooled noise; bold: beyond the noise floor."
+    how = "paired by seed, with the interval of the pooled noise; bold: beyond the noise floor"
+    return f"Differences are to {plain(reference)}, {how}."
 
 
 def _difference_figure(losses: statistics.Values, reference: str) -> Figure | None:
@@ -252,7 +328,7 @@ def _arm_table(
             arm,
             _estimate(statistics.interval(list(losses[arm].values())), ".4f"),
             _difference(found.get(arm)),
-            f"{mean('bits_per_byte'):.4f}",
+            _or_dash(mean("bits_per_byte"), "{:.4f}".format),
             short(first["parameters"]),
             short(first["active_parameters"]),
             short(first["flops_per_token"]),
@@ -325,7 +401,7 @@ def _changes(runs: Mapping[str, Shown]) -> list[list[str]]:
     for name in names:
         if name in ("name", "workdir"):
             continue
-        rows.append([f"`{name}`", *(str(config_lib.get(config, name)) for config in configs)])
+        rows.append([Marked(f"`{name}`"), *(str(config_lib.get(config, name)) for config in configs)])
     return rows
 
 
@@ -350,9 +426,9 @@ def _figures(page: Page, panels: Mapping[str, Sequence[Line]], shown: Mapping[st
     page.text("## Routing")
     label = next(iter(shown))
     routed = next(((name, runs[0]) for name, runs in shown.items() if runs[0].config.model.is_moe), (label, first))
-    page.figure("load", f"Load of the experts by layer and step: {routed[0]}.", figures.load_maps(routed[1]))
-    page.figure("classes", f"Routing by class of token: {routed[0]}.", figures.class_maps(routed[1], "classes"))
-    page.figure("sources", f"Routing by source of the text: {routed[0]}.", figures.class_maps(routed[1], "by_source"))
+    page.figure("load", f"Load of the experts by layer and step: {plain(routed[0])}.", figures.load_maps(routed[1]))
+    page.figure("classes", f"Routing by class of token: {plain(routed[0])}.", figures.class_maps(routed[1], "classes"))
+    page.figure("sources", f"Routing by source of the text: {plain(routed[0])}.", figures.class_maps(routed[1], "by_source"))
     page.figure("experts_frequency", "Experts a token by its frequency.", figures.experts_by_frequency(panels))
     page.figure("saturation", "How early routing settles.", figures.saturation(panels))
     page.text("## Recall")
@@ -394,4 +470,4 @@ def _difference(found: statistics.Difference | None) -> str:
     if found is None:
         return "–"
     text = f"{found.estimate.mean:+.4f}" + ("" if math.isnan(found.estimate.half) else f" ± {found.estimate.half:.4f}")
-    return f"**{text}**" if found.beyond_noise else text
+    return Marked(f"**{text}**") if found.beyond_noise else text
