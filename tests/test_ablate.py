@@ -7,13 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from slimmoe_jax import ablate, metrics
-from slimmoe_jax.config import InputError
+from slimmoe_jax import ablate, locking, metrics
+from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.study import design, launch
 
 STUDY = '''"""Whether one kv head does.
@@ -147,10 +149,7 @@ def test_a_stopped_study_saves_and_goes_on(study, tmp_path):
     flags = ("--seeds", "0", "--base.checkpoint.every", "100000")
     process = subprocess.Popen(command(tmp_path, *flags), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "arms" / "mha" / "seed_0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while (metrics.last_row(log) or {"step": 0})["step"] < 20:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for_steps(log.parent, 20, process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "running arms save" in said
@@ -169,15 +168,139 @@ def test_a_stopped_study_saves_and_goes_on(study, tmp_path):
     assert steps == list(range(1, saved[0] + 6))
 
 
-def test_a_second_process_keeps_out_of_an_arms_folder(study, finished):
-    import fcntl
+def wait_for_steps(folder, steps, process):
+    """Until the log of an arm has come to a step."""
+    deadline = time.monotonic() + 120
+    while (metrics.last_row(folder / "metrics.jsonl") or {"step": 0})["step"] < steps:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
 
+
+def arms_of(folder):
+    """The processes of this machine that train the arms of a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"slimmoe_jax.study.arm" in words and any(word.startswith(os.fsencode(folder)) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_arms_end_with_a_study_that_is_killed_and_the_same_command_continues(tmp_path):
+    """kill -9, which asks nobody; the command given again at once, while the arms still save."""
+    text = STUDY.replace("steps=6", "steps=400").replace('"absurd": {"optim.learning_rate": 1e30}', "")
+    (tmp_path / "study.py").write_text(text)
+    flags = ("--seeds", "0", "--jobs", "2", "--base.checkpoint.every", "100000", "--base.log-every", "5")
+    folders = [tmp_path / "out" / "arms" / arm / "seed_0" for arm in ("mha", "mqa")]
+    process = subprocess.Popen(command(tmp_path, *flags), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    for folder in folders:
+        wait_for_steps(folder, 5, process)
+    second = run(tmp_path, *flags)
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert f"another process is at work in {(tmp_path / 'out').resolve()} (ablate: process {process.pid}" in second.stderr
+    assert len(arms_of(tmp_path)) == 2
+    process.kill()
+    process.communicate()
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs finished" in done.stdout and not arms_of(tmp_path)
+    for folder in folders:
+        log = (folder / "log.txt").read_text()
+        (saved,) = re.findall(r"stopped by SIGTERM; saved step (\d+)", log)
+        assert f"resuming {folder} from step {saved}" in log and 5 <= int(saved) < 400
+        assert [row["step"] for row in metrics.read_jsonl(folder / "metrics.jsonl")] == list(range(5, 401, 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_all_arms_are_asked_to_stop_before_any_is_waited_for(tmp_path, monkeypatch, number):
+    """Arms that take a second to save: two of them take one second, not two. In place of arms stand programs that do as they do."""
+    code = "import signal, sys, time; print('up', flush=True)\n"
+    code += "signal.signal(15, lambda *_: (time.sleep(1), sys.exit(143)))\ntime.sleep(60)"
+    monkeypatch.setattr(launch, "arm_command", lambda folder: [sys.executable, "-c", code])
+    tasks = [ablate._Task(design.Arm(name, {}, {}), TrainConfig(), tmp_path / name) for name in ("a", "b")]
+    for task in tasks:
+        task.folder.mkdir()
+    runner, main = ablate._Runner(tasks, launch.Processes(2)), threading.get_ident()
+
+    def send():
+        wait_until(lambda: all(task.log.exists() and task.log.read_text() for task in tasks))
+        time.sleep(0.2)  # for the handlers
+        sent.append(time.monotonic())
+        signal.pthread_kill(main, number)
+
+    sent = []
+    threading.Thread(target=send).start()
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
+        runner.run()
+    assert time.monotonic() - sent[0] < 1.9
+    assert number == signal.SIGINT or stop.value.code == 128 + number
+    assert [job.poll() for job in runner._running.values()] == [143, 143]
+
+
+def test_arms_end_with_a_study_that_fails(tmp_path, monkeypatch):
+    """An exception in the study itself leaves no arm behind."""
+    monkeypatch.setattr(launch, "arm_command", lambda folder: [sys.executable, "-c", "import time; time.sleep(60)"])
+    task = ablate._Task(design.Arm("a", {}, {}), TrainConfig(), tmp_path / "a")
+    task.folder.mkdir()
+    runner = ablate._Runner([task], launch.Processes(1))
+
+    def fail():
+        raise ValueError("of the study")
+
+    monkeypatch.setattr(runner, "_collect", fail)
+    with pytest.raises(ValueError, match="of the study"):
+        runner.run()
+    assert [job.poll() for job in runner._running.values()] == [-signal.SIGTERM]
+
+
+def test_a_second_process_keeps_out_of_an_arms_folder(study, finished):
     folder = study / "out" / "arms" / "mha" / "seed_0"
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    done = subprocess.run(launch.arm_command(folder), cwd=study, env=ENVIRONMENT, capture_output=True, text=True)
-    os.close(handle)
-    assert done.returncode == 2 and "another process is at work" in done.stderr
+    with locking.one_writer(folder, "a test", "x"):
+        done = subprocess.run(launch.arm_command(folder), cwd=study, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and f"another process is at work in {folder} (a test: process {os.getpid()}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_reason_of_a_failure_is_that_of_this_start(tmp_path, monkeypatch):
+    """A log to which an earlier start and another process have written."""
+    log = tmp_path / "a" / "log.txt"
+    log.parent.mkdir()
+    log.write_text("error: of an earlier start\n")
+    code = "import sys; print('error: the reason\\x1b[31m', flush=True); open(sys.argv[1], 'a').write('compiling\\n'); sys.exit(2)"
+    monkeypatch.setattr(launch, "arm_command", lambda folder: [sys.executable, "-c", code, str(log)])
+    task = ablate._Task(design.Arm("a", {}, {}), TrainConfig(), tmp_path / "a")
+    runner = ablate._Runner([task], launch.Processes(1))
+    assert runner.run() == [task] and runner.words[task] == "error: the reason\x1b[31m"
+    assert launch.last_words(log, log.stat().st_size) == "it said nothing"
+    assert launch.last_words(log.with_name("absent")) == "it said nothing"
+    log.write_text("error: first\n" + "x" * 200_000 + "\nlast\n")
+    assert launch.last_words(log) == "last"
+
+
+def test_an_arm_that_diverges_is_said_to_and_the_rest_goes_on(tmp_path):
+    """At a rate of 1e9 the training ends, with a loss that is not a number."""
+    (tmp_path / "study.py").write_text(STUDY.replace("1e30", "1e9").replace("skip_limit=2", "skip_limit=20, clip_norm=0.0"))
+    done = run(tmp_path, "--seeds", "0", "--jobs", "2")
+    assert done.returncode == 1 and "2 of 3 runs finished" in done.stdout
+    assert re.search(r"failed: .*/absurd/seed_0/log.txt: error: .* diverged: .* is not finite: lower", done.stderr), done.stderr
+    for path in (tmp_path / "out").rglob("*.json*"):
+        assert not re.search(r"\b(NaN|Infinity)\b", path.read_text()), path
+
+
+def test_damaged_results_are_named(study, finished, tmp_path):
+    kept = study / "out" / "arms" / "mha" / "seed_0"
+    task = ablate._Task(design.Arm("mha", {"heads": "mha"}, {}), TrainConfig(), tmp_path)
+    whole = json.loads((kept / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(whole))
+    assert task.result()["validation_loss"] == whole["validation_loss"]
+    for damaged in ([], "text", whole | {"arm": "mqa"}, whole | {"seconds": None}, whole | {"loss_4x": float("nan")}):
+        (tmp_path / "result.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="result.json is damaged .* remove it"):
+            task.result()
 
 
 def test_submitit_runs_an_arm(study, finished, tmp_path):

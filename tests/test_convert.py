@@ -612,6 +612,15 @@ def edited(**changes):
         ("model.safetensors", lambda path: path.read_bytes()[:-100], "model.safetensors is missing or damaged"),
         ("tokenizer.model", b"nonsense", "tokenizer.model is not a SentencePiece model"),
         ("slimmoe_jax.json", b"{}", "slimmoe_jax.json is incomplete"),
+        ("config.json", b"[" * 100_000, "config.json is missing or no JSON (it is nested too deep)"),
+        ("config.json", edited(rope_parameters={"rope_theta": float("inf")}), "rope_parameters.rope_theta is not a finite number"),
+        ("config.json", edited(rms_norm_eps=float("nan")), "config.json: rms_norm_eps is not a finite number"),
+        ("config.json", edited(max_position_embeddings=10**400), "config.json: max_position_embeddings is not a finite number"),
+        ("config.json", edited(num_hidden_layers=10**9), "is no complete config of SlimMoE (ValueError: num_hidden_layers"),
+        ("config.json", edited(intermediate_size=10**7), "values, not"),
+        ("slimmoe_jax.json", edited(router={"integral": float("nan"), "l1_weight": 0.0}), "router.integral is not a finite number"),
+        ("slimmoe_jax.json", edited(router={"integral": 1e300, "l1_weight": 0.0}), "the router's state is not finite"),
+        ("slimmoe_jax.json", edited(router=[1]), "slimmoe_jax.json is incomplete"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(folder, tmp_path, file, content, message):
@@ -620,6 +629,114 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, tmp_path, file, content
         convert.main(["--from-hf", str(copy), "--out", str(tmp_path / "back")])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("name, place, value", [
+    ("model.embed_tokens.weight", slice(None), np.nan), ("model.layers.1.mlp.gate.e_score_correction_bias", 2, np.inf),
+])  # fmt: skip
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(folder, tmp_path, name, place, value):
+    numpy_io = pytest.importorskip("safetensors.numpy")
+
+    def poisoned(path):
+        tensors = numpy_io.load_file(path)
+        tensors[name] = tensors[name].copy()
+        tensors[name][place] = value
+        return numpy_io.save(tensors)
+
+    copy = damaged(folder, tmp_path / "copy", "model.safetensors", poisoned)
+    size = MODEL.vocab_size * MODEL.width if value is np.nan else MODEL.experts
+    with pytest.raises(InputError) as error:
+        convert.main(["--from-hf", str(copy), "--out", str(tmp_path / "back")])
+    assert f"{size if place == slice(None) else 1:,} of {size:,} values of {name} are not finite" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_type_that_cannot_hold_the_weights_is_refused():
+    tensors = {"a": np.array([1.0, -7e4, 65_504], np.float32), "model.layers.0.mlp.gate.weight": np.array([1e6], np.float32)}
+    with pytest.raises(
+        InputError, match=r"--dtype float16 makes 1 values of a infinite .the largest is 7e\+04.: give --dtype bfloat16"
+    ):
+        convert.as_dtype(tensors, "float16")
+    assert [tensor.dtype.name for tensor in convert.as_dtype(tensors, "bfloat16").values()] == ["bfloat16", "float32"]
+    with pytest.raises(InputError, match="--dtype bfloat16 makes 1 values of b infinite"):
+        convert.as_dtype({"b": np.array([np.finfo(np.float32).max])}, "bfloat16")
+
+
+def test_figures_of_a_folder_whose_logits_are_not_finite_are_a_refusal(tmp_path, monkeypatch):
+    """NaN is below no tolerance, and above none."""
+    figures = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "near_tie_positions": 0, "generation_agrees": True}
+    said = json.dumps(figures | {"max_difference_compared": float("nan"), "max_difference": float("nan")})
+    done = subprocess.CompletedProcess([], 0, stdout=said, stderr="")
+    monkeypatch.setattr(convert.parity.subprocess, "run", lambda *_, **__: done)
+    some = np.zeros((1, 2))
+    for dtype in ("float32", "float16"):
+        with pytest.raises(InputError, match=f"what was written in {dtype} answers real text with logits that are not finite"):
+            convert.parity.check(tmp_path, convert.parity.Expected(some, some, some), dtype)
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "pt"]])
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, words):
+    """The disk is too small for the tensors, and fits them but not all of the rest."""
+    pytest.importorskip("torch")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        out = str(disk / "out")
+        flags = ["--checkpoint", str(run), "--verify", "False", *words]
+        (disk / "filler").write_bytes(b"\0" * 200_000)
+        with pytest.raises(InputError, match=r"out takes [\d.]+kB, and its disk has [\d.]+kB free: make room, or name"):
+            convert.main([*flags, "--out", out])
+        monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("", (), {"free": 10**12}))  # as where a quota is smaller
+        for left in (50_000, 250_000):  # in the midst of the tensors; after them
+            (disk / "filler").write_bytes(b"\0" * (400 * 1024 - 12_288 - left))
+            with pytest.raises(
+                InputError, match=r"out could not be written \(No space left on device\): make room, or name another"
+            ):
+                convert.main([*flags, "--out", out])
+            assert [path.name for path in disk.iterdir()] == ["filler"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_when_a_run_is_written_is_one_line(run, tmp_path, monkeypatch):
+    convert.main(["--checkpoint", str(run), "--verify", "False", "--out", str(tmp_path / "hf")])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        with pytest.raises(InputError, match=r"back takes [\d.]+kB, and its disk has [\d.]+kB free"):
+            convert.main(["--from-hf", str(tmp_path / "hf"), "--out", str(disk / "back")])
+        monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("", (), {"free": 10**12}))
+        with pytest.raises(InputError, match=r"back could not be written \(No space left on device\): make room, or name another"):
+            convert.main(["--from-hf", str(tmp_path / "hf"), "--out", str(disk / "back")])
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_run_in_training_is_not_replaced(run, tmp_path):
+    convert.main(["--checkpoint", str(run), "--verify", "False", "--out", str(tmp_path / "hf")])
+    (tmp_path / "busy" / "checkpoints").mkdir(parents=True)
+    code = "import sys, time; from pathlib import Path; from slimmoe_jax.locking import one_writer\n"
+    code += "with one_writer(Path(sys.argv[1]), 'train', ''): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "busy")], stdout=subprocess.PIPE)
+    words = ["--from-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "busy"), "--overwrite"]
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(
+            InputError, match="another process is at work in .*busy .train: process .*: wait for it, .*name another --out"
+        ):
+            convert.main(words)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "hf"]
+    finally:
+        holder.kill()
+        holder.wait()
+    convert.main(words)
+    assert not (tmp_path / "busy" / ".lock").exists() and fingerprint(tmp_path / "busy") == fingerprint(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "hf"]
 
 
 def test_what_is_not_installed_is_named(run, tmp_path, monkeypatch):
@@ -636,6 +753,11 @@ def test_the_command_says_what_to_mend(run, folder, tmp_path):
         ("--checkpoint", run, "--from-hf", folder, "--out", "x"): "give either --checkpoint RUN",
         ("--checkpoint", run): "--out is missing",
         ("--checkpoint", run, "--out", folder): "exists already: name another folder, or add --overwrite",
+        ("--checkpoint", run, "--out", run, "--overwrite"): "is to be converted: name another folder",
+        ("--checkpoint", run / "7", "--out", run.parent, "--overwrite"): "is to be converted: name another folder",
+        ("--checkpoint", run, "--out", run / "config.json" / "x" / "y"): "config.json is a file: name a folder elsewhere",
+        ("--checkpoint", run, "--out", tmp_path / ("x" * 300)): "cannot be written (File name too long): name another",
+        ("--checkpoint", run, "--out", tmp_path / "\udcfc"): "the name is not UTF-8",
         ("--checkpoint", tmp_path / "none", "--out", tmp_path / "x"): "holds no run",
         ("--checkpoint", run, "--out", tmp_path / "x", "--max-shard-size", "many"): "--max-shard-size many: give a size",
         ("--from-hf", folder, "--out", tmp_path / "x", "--native"): "--native goes with --checkpoint",

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from slimmoe_jax import decoding, model
+from slimmoe_jax import decoding, likelihood, model
 from slimmoe_jax.config import ModelConfig, RouterConfig
 from slimmoe_jax.decoding import Weights
 from slimmoe_jax.routing import RouterState
@@ -113,6 +114,25 @@ def test_changing_the_settings_compiles_nothing(weights):
     run(Sampling(0.0), NEW, 1)
     run(Sampling(1.3, 0, 0.5, 0.0, 1.0), NEW + 5, -7)
     assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == sizes
+
+
+def test_prompts_of_all_lengths_compile_few_programs(weights):
+    """Two for reading them (16 and 32 tokens), one for decoding (a cache of 128)."""
+    network = model.SlimMoE(dataclasses.replace(CONFIG, layers=1, kv_heads=(1,), rotary=(1.0,)))
+    params = nn.unbox(jax.jit(lambda key: model.init(network, key))(jax.random.key(0)))
+    small = Weights(network, params, RouterState.initial(network.config), -1)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    for length in range(1, 33):
+        list(decoding.stream_tokens(small, [7] * length, Sampling(0.0), new_tokens=2, seed=0))
+    assert 3 <= compiled.count("/jax/core/compile/backend_compile_duration") <= 2 * math.log2(32)
+
+
+def test_lengths_are_rounded_to_few():
+    few = {likelihood.rounded(length, 64) for length in range(1, 2_049)}
+    assert len(few) == 16 and max(few) == 2_048 and all(length % 64 == 0 for length in few)
+    for length in range(1, 5_000):
+        assert length <= likelihood.rounded(length, 64) <= max(length + 63, 1.25 * length)
 
 
 def test_the_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding(weights):

@@ -19,6 +19,7 @@ import tiny
 
 from slimmoe_jax import distributed, metrics, sharding, state, step
 from slimmoe_jax.config import InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from slimmoe_jax.locking import one_writer
 
 ROOT = Path(__file__).parent.parent
 TINY = tiny.source(model__dropout=0.0, optim__accumulate=2, checkpoint__every=2, eval__sample_tokens=0)
@@ -35,12 +36,12 @@ def free_port(among=(0,)):
     raise AssertionError("no port is free")
 
 
-def start(folder, processes, *flags):
-    """Starts so many processes of one training run, each with a device of its own."""
-    return start_command(folder, processes, "train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *flags)
+def start(folder, processes, *flags, more=()):
+    """Starts so many processes of one training run, each with a device of its own; the last one with `more` flags."""
+    return start_command(folder, processes, "train", "--config", "tiny.py", "--compilation-cache", tiny.CACHE, *flags, more=more)
 
 
-def start_command(folder, processes, command, *flags, slurm=False):
+def start_command(folder, processes, command, *flags, slurm=False, more=()):
     words = [sys.executable, "-m", f"slimmoe_jax.{command}", *map(str, flags)]
     port, started = free_port(SLURM_PORTS if slurm else (0,)), []
     for process in range(processes):
@@ -49,6 +50,7 @@ def start_command(folder, processes, command, *flags, slurm=False):
             environment |= slurm_task(port, processes, process)
         elif processes > 1:
             group = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process", str(process)]
+        group += more if process == processes - 1 else ()
         started.append(subprocess.Popen(words + group, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
     return started
 
@@ -173,6 +175,61 @@ def test_a_hung_collective_ends_with_the_stacks(folder):
     assert started[0].returncode == 1
     assert "Timeout (0:00:20)" in said and "train.py" in said
     train(folder, 1, *flags, "--steps", len(losses(folder / "hung")) + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--optim.learning-rate", "1e-1"], "optim.learning_rate = 0.1, process 0 has 0.01"),
+        (["--seed", "5"], "seed = 5, process 0 has 0"),
+        (["--data.records", "others"], "text.jsonl (sha256)"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_processes_that_differ_are_refused_before_the_first_step(folder, flags, difference):
+    if flags[0] == "--data.records":  # the same text, but for a line
+        (folder / "other.jsonl").write_text((folder / "text.jsonl").read_text().replace("Document 7:", "Document VII:"))
+        words = [
+            sys.executable,
+            "-m",
+            "slimmoe_jax.data.prepare",
+            "--config",
+            "tiny.py",
+            "--source",
+            "other.jsonl",
+            "--out",
+            "others",
+        ]
+        subprocess.run(words, cwd=folder, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        manifest = json.loads((folder / "others" / "manifest.json").read_text())
+        del manifest["settings"]  # as of records that a user made
+        (folder / "others" / "manifest.json").write_text(json.dumps(manifest | {"source": "text.jsonl"}))
+    workdir = f"mismatched-{flags[0]}"
+    said = ended(start(folder, 2, "--workdir", workdir, more=flags), code=2)
+    for line in said:
+        assert f"error: process 1 has {difference}" in line or difference in line, line
+        assert "start all processes with the same command" in line
+    assert not list((folder / workdir / "checkpoints").glob("*")), "nothing was trained"
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_ends_both_with_its_line(folder):
+    """The second process has no room for the run's lock: the first one's refusal reaches it at once, and nobody waits."""
+    with one_writer(folder / "taken", "train", "choose another --workdir"):
+        begun = time.monotonic()
+        first, second = ended(start(folder, 2, "--workdir", "taken"), code=2)
+        assert time.monotonic() - begun < 60
+    assert "error: another process is at work in" in first and "error: process 0 refuses: another process is at work in" in second
+
+
+def test_a_port_in_use_is_refused_before_the_service_starts():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} cannot be used .*in use.*: choose another"):
+            distributed.start(["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", "0"])
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from slimmoe_jax import checkpoint, likelihood, sharding, state, tasks  # noqa: E402
-from slimmoe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from slimmoe_jax.config import DataConfig, InputError, MeshConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from slimmoe_jax.data import chat, tokenizers  # noqa: E402
 from slimmoe_jax.lm_eval import SlimMoELM  # noqa: E402
 
@@ -204,3 +204,34 @@ def test_without_the_harness_one_line_says_how_to_install_it(way):
     assert done.returncode and "pip install 'slimmoe_jax[eval]'" in last
     if "runpy" in way:
         assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0: give at least 1"),
+        ({"batch_size": "-3"}, "batch_size = -3: give at least 1"),
+        ({"batch_size": "many"}, "batch_size = 'many': give a whole number"),
+        ({"batch_size": 10**12}, "batch_size = 1000000000000: give at most"),
+        ({"max_gen_toks": "1" * 5_000}, "max_gen_toks = '111.*: give a whole number"),
+        ({"max_gen_toks": 0}, "max_gen_toks = 0: give at least 1"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_before_anything_is_loaded(values, message):
+    with pytest.raises(InputError, match=message):
+        SlimMoELM(checkpoint="nowhere", **values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_gen_toks": -5}, "max_gen_toks = -5: give at least 1"),
+        ({"max_gen_toks": 10**12}, "max_gen_toks = 1000000000000: give at most"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature = nan"),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 10**11}, "top-k = 100000000000"),
+        ({"until": [3]}, "until = [(]3,[)]: give stop strings"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(lm, settings, message):
+    with pytest.raises(InputError, match=message):
+        lm.generate_until(ask("generate_until", ("steam", settings)))

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slimmoe_jax import checkpoint, report, sharding, state, train
+from slimmoe_jax import checkpoint, cli, metrics, report, sharding, state, train
 from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import (
     CheckpointConfig,
@@ -23,7 +28,7 @@ from slimmoe_jax.config import (
     TrainConfig,
 )
 from slimmoe_jax.data import records as records_lib
-from slimmoe_jax.study import measure
+from slimmoe_jax.study import figures, measure, pages
 from slimmoe_jax.study.measure import Effort
 
 CONTEXT = 24  # of which 4 times are not a multiple of the widths that are computed
@@ -172,10 +177,136 @@ def test_bad_input_is_one_line(run, folder, tmp_path):
             report.main(argv)
 
 
+def refused(capsys, *argv):
+    """The line of a refusal with exit code 2, the last behind any remarks."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["report", *map(str, argv)])
+        patch.setattr(sys, "stderr", sys.stderr)  # which the command wraps
+        cli.run(report.main)
+    *remarks, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error.startswith("error: "), error
+    assert not any(line.startswith(("error: ", "Traceback")) for line in remarks), remarks
+    return error
+
+
+def test_a_run_without_a_checkpoint_is_named(run, tmp_path, capsys):
+    """Killed, or still training, before its first one; or weights alone, which convert makes."""
+    for name, folders in (("begun", ["checkpoints"]), ("bare", [])):
+        for folder in folders:
+            (tmp_path / name / folder).mkdir(parents=True)
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(run / "config.json", tmp_path / name)
+        for runs in ([tmp_path / name], [run, tmp_path / name, "--out", tmp_path / "out"]):
+            assert refused(capsys, *runs) == f"error: {tmp_path / name} has no checkpoint yet: wait for its first, or train it"
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(["config.json", *folders])
+    shutil.copytree(run, tmp_path / "weights", ignore=shutil.ignore_patterns("metrics.jsonl"))
+    assert "weights has weights but no metrics.jsonl" in refused(capsys, tmp_path / "weights")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_log_or_result_is_one_line_or_is_measured_again(run, tmp_path, capsys, monkeypatch):
+    whole = shutil.copytree(run, tmp_path / "whole", ignore=shutil.ignore_patterns("report"))
+    kept = json.loads((whole / "result.json").read_text())
+    damages = ("[]", "[" * 100_000, "NaN", "", '"text"', json.dumps(kept | {"loss_1x": float("nan")}))
+    damages += tuple(json.dumps(kept | {name: "x"}) for name in ("probes", "by_position", "parameters", "classes", "saturation"))
+    measured = []
+    monkeypatch.setattr(measure, "measure", lambda *_: measured.append(1) or kept)
+    monkeypatch.setattr(pages, "run_report", lambda shown, out: out)
+    for text in damages:
+        (whole / "result.json").write_text(text)
+        assert report.main([str(whole)]) == 0
+        assert "result.json is damaged (" in capsys.readouterr().err
+    assert len(measured) == len(damages) and json.loads((whole / "result.json").read_text()) == kept
+    assert report.main([str(whole)]) == 0 and len(measured) == len(damages), "a whole one is kept"
+    log = whole / "metrics.jsonl"
+    rows = log.read_text()
+    for text in ("", "\ufffe{", "[1]\n", '{"step": 1}\n', '{"step": "x", "tokens_per_second": []}\n'):
+        log.write_text(text)
+        assert "metrics.jsonl has no row of a training step" in refused(capsys, whole)
+    log.write_text('[1]\n{"step": 1, "tokens_per_second": {}, "load": 3}\n' + rows)
+    assert report.main([str(whole)]) == 0
+
+
+def test_a_log_that_others_have_written_to_is_drawn(run, tmp_path):
+    """Rows of other forms between those of the run, in what pages and figures read."""
+    rows = metrics.read_jsonl(run / "metrics.jsonl")
+    strange = [
+        {"step": 1, "tokens_per_second": 1.0, "load": load, "loss": "x", "max_violation": [None]} for load in ([[1]], "x", None)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*strange, *rows]))
+    config = config_lib.load(run)
+    found = measure.training(tmp_path, config, 6)
+    assert found["validation_loss"] == rows[-1]["validation_loss"]
+    assert measure.curve(tmp_path, config)["loss"].tolist() == [row["loss"] for row in rows]
+    assert figures.load_maps(figures.Shown({}, config, tmp_path)) is not None
+    figures.plt.close("all")
+
+
+def test_a_log_ends_for_a_report_at_the_checkpoint(run, tmp_path):
+    """As of a run that is still training."""
+    rows = metrics.read_jsonl(run / "metrics.jsonl")
+    later = [row | {"step": 8, "validation_loss": 0.5} for row in rows[-1:]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *later]))
+    found = measure.training(tmp_path, config_lib.load(run), 6)
+    assert (found["step"], found["validation_loss"]) == (6, rows[-1]["validation_loss"])
+    with pytest.raises(InputError, match="no evaluation up to step 4"):
+        measure.training(tmp_path, config_lib.load(run), 4)
+
+
+def test_a_run_that_diverged_is_said_to_have_diverged(run, mesh, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row | {"validation_loss": None}) + "\n" for row in rows))
+    with pytest.raises(InputError, match="diverged: its validation loss at step 6 is not finite"):
+        measure.training(tmp_path, config_lib.load(run), 6)
+    monkeypatch.setattr(measure, "_asked", lambda *_: {"loss_1x": 1.0, "probes": [{"nats": math.inf}]})
+    with pytest.raises(InputError, match=r"diverged: probes\S* at step 6 is not finite"):
+        measure.measure(run, mesh, SMALL)
+
+
+HOLD = """
+import sys, pathlib
+from slimmoe_jax import locking
+with locking.one_writer(pathlib.Path(sys.argv[1]), "train", "x"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_is_being_trained_is_left_alone(run, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("report", "result.json"))
+    monkeypatch.setattr(pages, "run_report", lambda shown, out: out)
+    monkeypatch.setattr(measure, "measure", lambda *_: {"step": 6})
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(copy)], **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+        line = refused(capsys, copy)
+        assert f"another process is at work in {copy}" in line and "train: process" in line and "give --out DIR" in line
+        assert report.main([str(copy), "--out", str(tmp_path / "out")]) == 0
+        assert "copy: what is measured is not kept (another process is at work there)" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+        holder.communicate()
+    assert report.main([str(copy), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((copy / "result.json").read_text())["step"] == 6 and "not kept" not in capsys.readouterr().err
+
+
+def test_where_a_report_cannot_go_is_said_before_anything_is_measured(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("report", "result.json"))
+    (copy / "report").touch()
+    assert f"{copy / 'report'} is no folder" in refused(capsys, copy)
+    assert "not valid UTF-8" in refused(capsys, copy, "--out", tmp_path / "r\udcfc")
+    os.rename(copy, tmp_path / "r\udcfc")
+    assert "not valid UTF-8: rename the folder" in refused(capsys, tmp_path / "r\udcfc")
+
+
 def test_text_that_cannot_be_measured_is_refused(run, mesh, folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "no source"}\n')
     with pytest.raises(InputError, match="without text or source"):
         measure.measure(run, mesh, dataclasses.replace(SMALL, texts=str(tmp_path / "rows.jsonl")))
+    (tmp_path / "rows.jsonl").write_text('{"text": 5, "source": "number"}\n')
+    with pytest.raises(InputError, match="without text or source"):
+        measure._by_source(Effort(texts=str(tmp_path / "rows.jsonl")), None, 8, None)
     (tmp_path / "few.jsonl").write_text('{"text": "little", "source": "one"}\n')
     with pytest.raises(InputError, match="fewer than two sources"):
         measure.measure(run, mesh, dataclasses.replace(SMALL, texts=str(tmp_path / "few.jsonl")))

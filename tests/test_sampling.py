@@ -75,8 +75,38 @@ def test_samples_have_the_distribution_that_the_filters_leave():
         (dict(min_p=-0.1), "--min-p"),
         (dict(min_p=1.5), "--min-p"),
         (dict(repetition_penalty=0.0), "--repetition-penalty"),
+        (dict(top_k=100_000_000_000), "--top-k = 100000000000: give at most 2,147,483,647"),
+        (dict(top_k=float("nan")), "--top-k = nan: give a whole number"),
+        (dict(top_k=2.0), "--top-k = 2.0: give a whole number"),
+        (dict(top_k=True), "--top-k = True"),
+        *((dict(temperature=value), "--temperature") for value in (float("inf"), 1e39, 10**400, "1", None)),
+        *((dict(top_p=value), "--top-p") for value in (float("nan"), 1e-50, "1")),
+        *((dict(min_p=value), "--min-p") for value in (float("nan"), "0")),
+        *((dict(repetition_penalty=value), "--repetition-penalty") for value in (float("nan"), 1e39, 1e-50)),
     ],
 )
 def test_settings_without_meaning_are_refused(values, flag):
     with pytest.raises(InputError, match=flag):
         sampling.check(Sampling(**values))
+
+
+def test_the_largest_settings_work():
+    """In int32 and float32, in which they are traced."""
+    settings = Sampling(3e38, 2**31 - 1, 1.2e-38, 1.0, 3e38)
+    sampling.check(settings)
+    keys, logits = jax.random.split(jax.random.key(0), 2), jnp.array([[3.0, -1.0, 0.0], [0.0, 0.0, 2.0]])
+    assert jax.jit(sampling.choose)(logits, logits > 2, settings, keys).shape == (2,)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1_000_001, 2.0, float("nan"), True, "8", None])
+def test_lengths_are_whole_numbers(value):
+    with pytest.raises(InputError, match="^--tokens = "):
+        sampling.check_length("--tokens", value)
+    sampling.check_length("--tokens", np.int32(8))
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 0.0, None])
+def test_seeds_are_what_fits_32_bits(value):
+    with pytest.raises(InputError, match="^--seed = "):
+        sampling.check_seed("--seed", value)
+    sampling.check_seed("--seed", 2**32 - 1)

@@ -146,7 +146,9 @@ def test_a_run_moves_to_eight_devices_and_back(folder, reference):
     np.testing.assert_allclose(losses(folder, "moved"), reference, atol=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_saves_and_a_second_one_changes_nothing(folder, reference, number):
     name = f"stopped-{number.name}"
     process = subprocess.Popen(
