@@ -48,7 +48,7 @@ def one_writer(folder: Path, doing: str, otherwise: str) -> Iterator[None]:
         yield
     finally:
         _held.discard(folder)
-        if made and list(folder.glob("*")) == []:  # nothing was written, as when the config is refused
+        if made and os.listdir(folder) == [LOCK_FILE]:  # nothing was written, as when the config is refused
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 for place in made:

@@ -1,6 +1,7 @@
 """The benchmarks' logic, at sizes where a time means nothing: tables are whole, predictions are right, checks stop the program."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import math
@@ -151,7 +152,8 @@ def test_growth_prints_a_row_for_each_size(load, capsys, monkeypatch):
 
 def test_growth_refuses_to_time_a_step_that_fails(load):
     growth = load("growth")
-    broken = config_lib.override(tiny(growth.base_config(gpu=False)), {"model.init_std": float("nan")})
+    base = tiny(growth.base_config(gpu=False))
+    broken = dataclasses.replace(base, model=dataclasses.replace(base.model, init_std=float("nan")))
     with pytest.raises(SystemExit, match="not finite"):
         growth.measure([broken], repeats=1)
 

@@ -119,7 +119,7 @@ def nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "start", lambda argv: distributed._take_flags(argv)[0])
     monkeypatch.setattr(sharding, "make_mesh", stop)
     monkeypatch.setattr(evaluate, "_read", lambda *args: None)
-    monkeypatch.setattr(report, "_shown", stop)
+    monkeypatch.setattr(report, "check", stop)
     monkeypatch.setattr(ablate, "plan", stop)
     monkeypatch.setattr(prepare, "prepare", stop)
     monkeypatch.setattr(checkpoint, "load_run", stop)
