@@ -1,8 +1,10 @@
 """Whatever a file holds, a reader succeeds or says in one line what is wrong: never a traceback, never a hang."""
 
 import datetime
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,3 +200,16 @@ def test_a_manifest_cannot_leave_its_folder(prepared, tmp_path):
         (tmp_path / "records" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match="outside its folder"):
             records.open_records(tmp_path / "records")
+
+
+# --- the corpus of the coverage-guided fuzzer --------------------------------------------------------------------------
+
+_SPEC = importlib.util.spec_from_file_location("fuzz_run", Path(__file__).parent / "fuzz" / "run.py")
+fuzz = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fuzz)
+
+
+@pytest.mark.parametrize("reader", fuzz.READERS)
+def test_the_corpus_crashes_no_reader(reader):
+    """Small inputs of every kind, and those that once crashed a reader."""
+    assert fuzz.replay(reader) >= 1

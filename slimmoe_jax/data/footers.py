@@ -59,8 +59,8 @@ def _read(file: str, size: int, changed: int) -> tuple[RowGroup, ...]:
             footer = _Thrift(raw.read(length)).struct()
             return tuple(
                 RowGroup(
-                    max(group[3], 0),
-                    group[2],
+                    max(_whole(group[3]), 0),
+                    _whole(group[2]),
                     tuple(_chunk(chunk[3], raw) for chunk in group[1] if 3 in chunk),  # else its description is encrypted
                 )
                 for group in footer.get(4, ())
@@ -70,18 +70,25 @@ def _read(file: str, size: int, changed: int) -> tuple[RowGroup, ...]:
 
 
 def _chunk(about: dict[int, Any], raw: Any) -> Chunk:
-    encodings, size = set(about[2]), about[6]
+    encodings, size = set(about[2]), _whole(about[6])
     longest = 0
     if _DELTA_BYTE_ARRAY in encodings:  # a value may be the one before and a letter
         longest = size
     elif encodings & _DICTIONARIES:  # each value may be the longest in the dictionary
         longest = _dictionary_size(raw, about.get(11), size)
-    return Chunk(about[3][0].decode(errors="replace"), about[5], size, about[7], longest)
+    return Chunk(about[3][0].decode(errors="replace"), _whole(about[5]), size, _whole(about[7]), longest)
 
 
-def _dictionary_size(raw: Any, place: int | None, size: int) -> int:
+def _whole(value: Any) -> int:
+    """A number that is one: a damaged footer may have anything in its place."""
+    if not isinstance(value, int):
+        raise TypeError(f"{type(value).__name__} in place of a number")
+    return value
+
+
+def _dictionary_size(raw: Any, place: Any, size: int) -> int:
     """Bytes of a dictionary when decompressed; of the whole chunk where that is not known."""
-    if place is None or place < 0:
+    if not isinstance(place, int) or place < 0:
         return size
     raw.seek(place)
     header = _Thrift(raw.read(_PAGE_HEADER))

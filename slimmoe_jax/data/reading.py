@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from slimmoe_jax.config import DataConfig, InputError, reason
 from slimmoe_jax.progress import say
+from slimmoe_jax.terminal import one_line
 
 UNIT_BYTES = 16 * 2**20
 UNIT_ROWS = 2**20  # rows of a unit at most: tiny ones take far more memory than their bytes
@@ -93,7 +94,7 @@ def column(field: Field, names: Sequence[str], where: str) -> str | None:
     for name in wanted:
         if name in names:
             return name
-    what = f"set data.text_field to one of {', '.join(names)}" if names else "it has no columns at all"
+    what = f"set data.text_field to one of {one_line(', '.join(names))}" if names else "it has no columns at all"
     raise InputError(f"{where} has no column {wanted[0]!r}: {what}")
 
 
