@@ -211,7 +211,7 @@ def test_arms_end_with_a_study_that_is_killed_and_the_same_command_continues(tmp
     for folder in folders:
         log = (folder / "log.txt").read_text()
         (saved,) = re.findall(r"stopped by SIGTERM; saved step (\d+)", log)
-        assert f"resuming {folder} from step {saved}" in log and 5 <= int(saved) < 400
+        assert f"resuming {folder} from step {saved}" in log and 5 <= int(saved) < 3000
         assert [row["step"] for row in metrics.read_jsonl(folder / "metrics.jsonl")] == list(range(5, 401, 5))
 
 
