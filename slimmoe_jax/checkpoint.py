@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -35,7 +33,7 @@ from slimmoe_jax import config as config_lib
 from slimmoe_jax import digests, distributed, files, metrics
 from slimmoe_jax import state as state_lib
 from slimmoe_jax.config import InputError, TrainConfig
-from slimmoe_jax.locking import LOCK_FILE
+from slimmoe_jax.locking import in_use
 from slimmoe_jax.progress import short
 from slimmoe_jax.routing import RouterState
 from slimmoe_jax.state import TrainState
@@ -303,7 +301,7 @@ class Checkpoints:
         deadline = time.monotonic() + 2.0
         # The oldest ones of a run are removed after newer ones were saved. A folder that is being removed stands a while.
         rotated = any(other not in self.steps for other in _numbered(self.directory))
-        rotated |= step != self.latest and _in_use(self.directory.parent)
+        rotated |= step != self.latest and in_use(self.directory.parent)
         while folder.exists() and rotated and time.monotonic() < deadline:
             time.sleep(0.02)
         if not folder.exists():
@@ -318,7 +316,7 @@ class Checkpoints:
         others = [s for s in self.steps if s != step]
         if not others:
             return "there is no other in this run"
-        if not self._writes and _in_use(self.directory.parent):
+        if not self._writes and in_use(self.directory.parent):
             return f"a training is at work in this run: name another step, {self.directory.parent}/{max(others)}"
         return f"remove that folder to go on from step {max(others)}"
 
@@ -345,23 +343,6 @@ def _numbered(directory: Path) -> list[int]:
         return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
     except OSError:
         return []
-
-
-def _in_use(run: Path) -> bool:
-    """Whether a process holds the lock of a run."""
-    try:
-        handle = os.open(run / LOCK_FILE, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(handle)
 
 
 def _hush_late_callbacks() -> None:

@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,42 +49,41 @@ def one_writer(folder: Path, doing: str, otherwise: str) -> Iterator[None]:
         yield
     finally:
         _held.discard(folder)
-        if made and os.listdir(folder) == [LOCK_FILE]:  # nothing was written, as when the config is refused
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if made and os.listdir(folder) == [LOCK_FILE]:  # nothing was written, as when the config is refused
+                path.unlink()
                 for place in made:
                     place.rmdir()
         os.close(handle)
 
 
-def _lock(handle: int, path: Path, otherwise: str) -> None:
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = path.read_text(errors="replace").strip() or "it does not say what it does"
-        raise InputError(f"another process is at work in {path.parent} ({holder}): wait for it, stop it, or {otherwise}") from error
-    except OSError as error:
-        say(
-            f"warning: {path.parent} cannot be locked ({error.strerror}): its file system does not keep a second process from"
-            " writing there"
-        )
-
-
-@contextlib.contextmanager
-def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Keeps a second process out of a folder without leaving a file there.
-
-    Raises:
-      InputError: with the words of `refusal`, where another holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(refusal) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:  # held, or a file system without locks
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, path: Path, otherwise: str) -> None:
+    for _ in range(10):  # `in_use` of another process holds it for a moment
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError as error:
+            say(
+                f"warning: {path.parent} cannot be locked ({error.strerror}): its file system does not keep a second process from"
+                " writing there"
+            )
+            return
+    holder = path.read_text(errors="replace").strip() or "it does not say what it does"
+    raise InputError(f"another process is at work in {path.parent} ({holder}): wait for it, stop it, or {otherwise}")

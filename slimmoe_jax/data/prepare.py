@@ -34,7 +34,7 @@ from slimmoe_jax.data import sources as sources_lib
 from slimmoe_jax.data.reading import RowLimit
 from slimmoe_jax.data.sources import FINGERPRINT_VERSION, Interrupted, Source
 from slimmoe_jax.data.units import COUNTS, REASONS, SPLITS, Job
-from slimmoe_jax.locking import locked
+from slimmoe_jax.locking import LOCK_FILE, one_writer
 from slimmoe_jax.progress import Meter, say, short, waiting
 from slimmoe_jax.terminal import printable
 
@@ -78,8 +78,7 @@ def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, An
     folder = out.with_name(out.name + ".partial")
     resumed = folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, f"another process is preparing {folder}: wait for it, or give another --out"):
+        with one_writer(folder, "data.prepare", "give another --out"):
             try:
                 manifest = _prepare(data, source, settings, folder, workers or _cores())
             except InputError as error:
@@ -87,6 +86,7 @@ def prepare(data: DataConfig, out: str | Path, workers: int = 0) -> dict[str, An
                 if not resumed and not worth_keeping:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
+            (folder / LOCK_FILE).unlink()
             os.rename(folder, out)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}): see to the space and the permissions there") from error
@@ -193,7 +193,7 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
             if kept != settings:
                 raise InputError(f"{folder} was begun otherwise ({_difference(kept, settings)}): remove it to start over")
             return
-    if any(path.suffix != ".tmp" for path in folder.iterdir()):
+    if any(path.suffix != ".tmp" and path.name != LOCK_FILE for path in folder.iterdir()):
         raise InputError(f"{folder} is in the way, and not a preparation that was broken off: remove it, or give another --out")
     files.write_json(folder / "settings.json", settings)
 
