@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
 from slimmoe_jax import config as config_lib
-from slimmoe_jax import digests, distributed, files, metrics
+from slimmoe_jax import digests, distributed, files, metrics, validation
 from slimmoe_jax import state as state_lib
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.locking import in_use
@@ -447,6 +447,7 @@ def _load_run(directory: Path, wanted: str, mesh: Mesh, finite: bool) -> Run:
     try:
         step = _agreed(_step_of(checkpoints, directory, wanted))
         config = config_lib.as_trained(checkpoints.config(step), directory)
+        validation.check_numbers(config)  # a damaged one may ask for more than any machine has
         params, router = checkpoints.restore_weights(config, mesh, step, finite)
         assert step is not None  # or there would be no config
         return Run(directory, step, config, params, router)

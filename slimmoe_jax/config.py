@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 from slimmoe_jax import files
+from slimmoe_jax.terminal import one_line
 
 C = TypeVar("C")  # a dataclass of the config
 
@@ -38,7 +39,10 @@ _FORMATS = typing.get_args(Format)
 
 
 class InputError(Exception):
-    """Something that the user gave cannot be used. The message is one line: what, where, and how to mend it."""
+    """Something that the user gave cannot be used. The message is one line: what, where, and how to fix it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())  # names in it may come from damaged files
 
 
 def reason(error: BaseException) -> str:
@@ -449,7 +453,7 @@ def workdir(config: TrainConfig) -> Path:
 def split_run_path(path: str | Path) -> tuple[Path, str]:
     """RUN, RUN/STEP, RUN/checkpoints/STEP or RUN/best -> the run's folder, and "", the step's digits or "best"."""
     path = Path(path)
-    if not (path.name.isdigit() or path.name == "best") or (path / "checkpoints").is_dir():
+    if not (path.name.isdecimal() or path.name == "best") or (path / "checkpoints").is_dir():
         return path, ""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path.name
 

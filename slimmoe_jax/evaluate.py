@@ -257,6 +257,8 @@ def main(argv: Sequence[str]) -> None:
     argv = distributed.start(argv)
     with distributed.together():
         args = parse(argv)
+        host.check_devices()
+    distributed.check_same(distributed.versions() | {"--" + name: value for name, value in dataclasses.asdict(args).items()})
     result = {"command": shlex.join(["python", "-m", "slimmoe_jax.evaluate", *argv])}
     result |= results(args, sharding.make_mesh(MeshConfig()))
     if not distributed.is_first():

@@ -58,7 +58,7 @@ def validate(config: TrainConfig) -> None:
     _validate_types(config)
     _validate_texts(config)
     _validate_seed(config)
-    _validate_numbers(config)
+    check_numbers(config)
     _validate_model(config.model)
     _validate_router(config.model)
     _validate_data(config.data)
@@ -98,7 +98,8 @@ def _validate_types(config: TrainConfig) -> None:
         raise InputError(f"{name} = {shown(value)}: must be a tuple")
 
 
-def _validate_numbers(config: TrainConfig) -> None:
+def check_numbers(config: TrainConfig) -> None:
+    """Refuses numbers that no machine could hold, whatever else the config says."""
     for name, value in flat(config).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) > MOST.get(name, abs(number)):

@@ -3,10 +3,10 @@
     python tests/chaos.py --minutes 30 [--seed 0] [--keep DIR] [--only kill,disk-full] [--count 20]
 
 Trains a tiny config undisturbed, then again and again while faults picked by the seed happen to it: signals, pauses, a full disk,
-damaged files, a second writer, and more (`--help` lists them). After each fault the run is resumed. Checked each time: the exit code and the
-one line are the documented ones, stderr has no traceback, the run resumes from its newest checkpoint, and no temporary file stays.
-When a run has all its steps, its losses, samples and weights are compared with the undisturbed run's: bit for bit in one process,
-to 1e-4 in two. Prints a line for each fault and a table; the exit code is 0 if nothing was lost, 1 otherwise.
+damaged files, a second writer, and more (`--help` lists them). After each fault the run is resumed. Checked each time: the exit
+code and the one line are the documented ones, stderr has no traceback, the run resumes from its newest checkpoint, and no temporary
+file stays. When a run has all its steps, its losses, samples and weights are compared with the undisturbed run's: bit for bit in
+one process, to 1e-4 in two. Prints a line for each fault and a table; the exit code is 0 if nothing was lost, 1 otherwise.
 
 Trainings are forked, which starts them in a fraction of a second. As root, runs are on a small file system, which is filled and
 made read-only; otherwise those faults are left out. `--count N` lets each fault happen N times, whatever time that takes.

@@ -124,7 +124,7 @@ def _properties(run: Run, model: ModelConfig, tokenizer: Tokenizer, dtype: str) 
         ("precision in training; of this folder", f"{config.precision}; {dtype}"),
         ("steps, tokens of the last stage", f"{run.step:,}, {run.step * config.data.batch_size * config.data.context:,}"),
     ]
-    if "validation_loss" in row:
+    if row.get("validation_loss") is not None:
         loss, bits = row["validation_loss"], row["validation_bits_per_byte"]
         rows.append(("validation loss at this step", f"{loss:.4f} nats a token, {bits:.4f} bits a byte"))
     return rows
@@ -133,7 +133,7 @@ def _properties(run: Run, model: ModelConfig, tokenizer: Tokenizer, dtype: str) 
 def _measured(run: Run) -> dict[str, Any]:
     """The run's line of metrics for the step; empty where there is none."""
     try:
-        lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+        lines = (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return next(row for line in reversed(lines) if (row := files.parse_json(line)).get("step") == run.step)
     except (OSError, ValueError, AttributeError, StopIteration):
         return {}

@@ -109,7 +109,7 @@ def _prepare(data: DataConfig, source: Source, settings: dict[str, Any], folder:
         files.write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
     for path in [*folder.glob("unit-*"), *folder.glob("*.tmp"), folder / "settings.json"]:
         path.unlink(missing_ok=True)
-    return json.loads((folder / "manifest.json").read_text())
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in a new folder; refuses one that was begun with others."""
     for name in ("manifest.json", "settings.json"):
         if (folder / name).exists():
-            kept = json.loads((folder / name).read_text())
+            kept = json.loads((folder / name).read_text(encoding="utf-8"))
             kept = kept["settings"] if name == "manifest.json" else kept
             if kept != settings:
                 raise InputError(f"{folder} was begun otherwise ({_difference(kept, settings)}): remove it to start over")
@@ -238,6 +238,8 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _run_units(job: Job, source: Source, workers: int) -> None:
     """Has every unit done that is not done yet."""
+    for path in units.remove_damaged(job):
+        say(f"{path} or a file of its unit is damaged: that unit is prepared again")
     started, tokens = time.monotonic(), 0
     done = sum(summary["size"] for summary in units.summaries(job.folder))
     with Meter("prepare", source.total_bytes, done) as meter:

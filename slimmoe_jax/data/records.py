@@ -404,7 +404,7 @@ def _map_file(directory: Path, entry: dict[str, Any], shape: tuple[int, ...]) ->
         raise InputError(f"{directory}/manifest.json names {entry['file']}, outside its folder: prepare the records again")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python: TokenError, SyntaxError and others
         raise InputError(f"{path} is damaged ({str(error)[:120]}): prepare the records again") from error
     if array.shape != (entry["records"], *shape) or array.dtype.kind != "u":
         raise InputError(

@@ -135,7 +135,7 @@ class SentencePiece:
         try:
             model = self.path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last: its own message is not UTF-8
             raise InputError(f"{path} is not a SentencePiece model ({error}): give a .model file") from error
         self.name = "sentencepiece"
         self.vocab_size = self._processor.vocab_size()

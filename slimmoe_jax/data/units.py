@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from slimmoe_jax import config as config_lib
 from slimmoe_jax import files
 from slimmoe_jax.config import DataConfig
 from slimmoe_jax.data import chat, multiple_choice, packing, records, tokenizers
@@ -180,7 +181,52 @@ def summary_path(folder: Path, number: int) -> Path:
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
     """The summaries of the finished units, in order."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("unit-??????.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("unit-??????.json"))]
+
+
+def remove_damaged(job: Job) -> list[Path]:
+    """Removes the summaries of units whose files are not whole, so that these units are done again. Returns what it removed."""
+    removed = []
+    for path in sorted(job.folder.glob("unit-??????.json")):
+        try:
+            _check_whole(job, path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+def _check_whole(job: Job, path: Path) -> None:
+    """Raises one of several errors where a summary, or a file that it names, is damaged or missing."""
+    summary = files.read_json(path)
+    numbers = [summary[key][split] for key in COUNTS for split in SPLITS] + [summary["skipped"][reason] for reason in REASONS]
+    entries = summary["files"].values()
+    numbers += [summary["size"], summary["cpu_seconds"], *(entry["records"] for entry in entries)]
+    names = [entry["file"] for entry in entries]
+    texts = [*names, *summary["examples"], *(entry["sha256"] for entry in entries)]
+    if not all(type(n) in (int, float) and n >= 0 for n in numbers) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a number or text is something else")
+    if not set(summary["files"]) <= set(SPLITS) or any(Path(name).name != name for name in names):
+        raise ValueError("it names other files than its own")
+    for name in names:
+        read_array(job.folder / name)
+    for split in SPLITS if job.data.format == "text" else ():
+        read_array(rest_path(job.folder, int(path.stem.removeprefix("unit-")), split))
+
+
+def read_array(path: Path) -> np.ndarray:
+    """An array of a .npy file, mapped into memory.
+
+    Raises:
+      OSError, ValueError: it is missing or damaged.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python: TokenError, SyntaxError and others
+        raise ValueError(config_lib.reason(error)) from error
+    return array
 
 
 def rest_path(folder: Path, number: int, split: str) -> Path:

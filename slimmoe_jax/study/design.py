@@ -65,6 +65,7 @@ def load(path: str | Path) -> Study:
         where it is made.
     """
     study, module = config_lib.run_file(path, Study)
+    study = dataclasses.replace(study, base=config_lib.typed(study.base))
     if not study.hypothesis:
         study = dataclasses.replace(study, hypothesis=(module.__doc__ or "").strip())
     arms(study)
