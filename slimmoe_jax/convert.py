@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -373,8 +374,9 @@ def to_run(folder: Path, args: ConvertArgs) -> None:
                 raise OSError(number, os.strerror(number)) from error
             raise
     say(f"written to {out}. Next:")
-    say(f"  python -m slimmoe_jax.generate --checkpoint {out} {'--chat' if config.data.format == 'chat' else '--prompt The'}")
-    say(f"  python -m slimmoe_jax.train --config CONFIG.py --init-from {out} --data.tokenizer inherit")
+    place = shlex.quote(str(out))
+    say(f"  python -m slimmoe_jax.generate --checkpoint {place} {'--chat' if config.data.format == 'chat' else '--prompt The'}")
+    say(f"  python -m slimmoe_jax.train --config CONFIG.py --init-from {place} --data.tokenizer inherit")
 
 
 def training_config(

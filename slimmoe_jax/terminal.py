@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 from typing import Any, TextIO
 
-# C0 and C1 controls but tab and newline, the characters that reorder a line, and surrogates, which no terminal can encode.
+# C0 and C1 controls but tab and newline, what separates or reorders lines, and surrogates, which no terminal can encode.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

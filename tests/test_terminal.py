@@ -7,7 +7,7 @@ import pytest
 
 from slimmoe_jax.terminal import one_line, printable
 
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+SEPARATORS_AND_BIDI = "\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_control_characters_are_shown_and_text_is_kept(text, shown):
 def test_every_character_is_either_harmless_or_an_escape_that_names_it():
     for number in range(0x110000):
         character = chr(number)
-        control = unicodedata.category(character) in ("Cc", "Cs") or character in BIDI
+        control = unicodedata.category(character) in ("Cc", "Cs") or character in SEPARATORS_AND_BIDI
         shown = printable(character)
         if control and character not in "\n\t":
             assert re.fullmatch(r"\\(r|x[0-9a-f]{2}|u[0-9a-f]{4})", shown) and shown.encode().decode("unicode_escape") == character
