@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -69,13 +70,18 @@ def read(directory: Path) -> Tokenizer:
         vocabulary, merges = kept.get("vocab"), kept.get("merges")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} has no readable tokenizer.json: copy it from where the model came from") from error
-    gpt2 = GPT2()
-    ours = json.loads(_gpt2(gpt2).to_str())["model"]
-    if (vocabulary, merges) != (ours["vocab"], ours["merges"]):
+    if (vocabulary, merges) != _gpt2_model():
         raise InputError(
             f"{directory}/tokenizer.json is neither GPT-2's nor beside a SentencePiece tokenizer.model: none other exists here"
         )
-    return gpt2
+    return GPT2()
+
+
+@functools.cache
+def _gpt2_model() -> tuple[dict[str, int], list[list[str]]]:
+    """GPT-2's vocabulary and merges as tokenizer.json has them."""
+    model = json.loads(_gpt2(GPT2()).to_str())["model"]
+    return model["vocab"], model["merges"]
 
 
 def _gpt2(tokenizer: GPT2) -> Any:
