@@ -259,8 +259,18 @@ def tokenizer_removed(run: Run, rng: random.Random) -> None:
 
 
 def two_killed(run: Run, rng: random.Random) -> None:
-    """kill -9 of one of two processes, half of the time during a save; the other must end by itself, for which not all wait."""
-    (run.go if rng.random() < 0.5 else run.go_to_save)(rng)
+    """kill -9 of one of two processes; the other must end by itself, for which not all wait."""
+    run.go(rng)
+    kill_one(run, rng)
+
+
+def two_killed_saving(run: Run, rng: random.Random) -> None:
+    """The same while a checkpoint is being written."""
+    run.go_to_save(rng)
+    kill_one(run, rng)
+
+
+def kill_one(run: Run, rng: random.Random) -> None:
     process = rng.randrange(2)
     run.moment += f", process {process}"
     run.signal(signal.SIGKILL, process)
@@ -319,7 +329,8 @@ FAULTS = {
     "cache-lost": Fault(cache_lost, 0.5),
     "records-flipped": Fault(records_flipped),
     "tokenizer-removed": Fault(tokenizer_removed, 0.5),
-    "kill-of-two": Fault(two_killed, 0.5, 2),
+    "kill-of-two": Fault(two_killed, 0.3, 2),
+    "kill-saving-of-two": Fault(two_killed_saving, 0.3, 2),
     "delay-of-two": Fault(two_delayed, 0.5, 2),
     "signal-of-two": Fault(two_stopped, 0.5, 2),
 }

@@ -168,6 +168,17 @@ class SentencePiece:
         Raises:
           InputError: says what is lost.
         """
+        try:
+            faults = self._faults()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path} is damaged: a piece of it is not UTF-8 ({error}): copy it again") from error
+        if faults:
+            raise InputError(
+                f"{self.path} does not keep text as it is ({'; '.join(faults)}): give one that does, such as"
+                " `data.prepare --train-tokenizer N` trains"
+            )
+
+    def _faults(self) -> list[str]:
         encoded = {name: self.encode(text) for name, text in _PROBES.items()}
         lost = [name for name, text in _PROBES.items() if self.decode(encoded[name]) != text]
         faults = [f"it loses {', '.join(lost)}"] if lost else []
@@ -177,11 +188,7 @@ class SentencePiece:
         spelled = self.encode(" ".join(map(self._processor.id_to_piece, control)))
         if not set(control).isdisjoint(itertools.chain(spelled, *encoded.values())):
             faults.append("text can spell its control tokens")
-        if faults:
-            raise InputError(
-                f"{self.path} does not keep text as it is ({'; '.join(faults)}): give one that does, such as"
-                " `data.prepare --train-tokenizer N` trains"
-            )
+        return faults
 
 
 _gpt2 = functools.cache(GPT2)
