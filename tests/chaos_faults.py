@@ -265,7 +265,11 @@ def two_killed(run: Run, rng: random.Random) -> None:
 
 
 def two_killed_saving(run: Run, rng: random.Random) -> None:
-    """The same while a checkpoint is being written."""
+    """The same while a checkpoint is being written, mostly not the first one after the start."""
+    run.go(rng)
+    before = run.checkpoints()
+    if rng.random() < 0.7:
+        run.until(lambda: run.checkpoints() != before)
     run.go_to_save(rng)
     kill_one(run, rng)
 
