@@ -1,5 +1,6 @@
 """Every test runs on the CPU with 8 forced host devices, a compilation cache, and hidden rank promotion as an error."""
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +15,11 @@ import jax  # noqa: E402
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/slimmoe_jax/xla-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("long")  # see test_fuzz.py
 
 
 def pytest_collection_modifyitems(items):

@@ -18,10 +18,8 @@ from slimmoe_jax.data import prepare, records, tokenizers
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-SETTINGS = hypothesis.settings(
-    max_examples=500, deadline=datetime.timedelta(seconds=20), derandomize=True, database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)  # fmt: skip
+LIMITS = dict(deadline=datetime.timedelta(seconds=20), database=None, suppress_health_check=list(hypothesis.HealthCheck))
+SETTINGS = hypothesis.settings(max_examples=500, derandomize=True, **LIMITS)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 10**12) | st.floats() | st.text(max_size=6),
@@ -213,3 +211,29 @@ _SPEC.loader.exec_module(fuzz)
 def test_the_corpus_crashes_no_reader(reader):
     """Small inputs of every kind, and those that once crashed a reader."""
     assert fuzz.replay(reader) >= 1
+
+
+@st.composite
+def damaged_lines(draw, content):
+    """JSON, or lines of JSON, of which one has a value replaced, left out or added; other content is damaged in its bytes."""
+    lines = content.splitlines()
+    number = draw(st.integers(0, max(len(lines) - 1, 0)))
+    try:
+        lines[number] = draw(damaged_json(json.loads(lines[number])))
+    except (ValueError, IndexError):
+        return draw(damaged_bytes(content))
+    return b"\n".join(lines)
+
+
+@pytest.mark.parametrize("reader", fuzz.READERS)
+def test_damage_crashes_no_reader(reader, tmp_path):
+    """The corpus with damage that Hypothesis picks; `--hypothesis-profile long` tries more, other ones with each seed."""
+    inputs = [file.read_bytes() for file in sorted((fuzz.CORPUS / reader).iterdir())]
+    long = hypothesis.settings.get_current_profile_name() == "long"
+    settings = hypothesis.settings(max_examples=5_000 if long else 100, derandomize=not long, **LIMITS)
+    attempt = fuzz.READERS[reader](tmp_path)
+    examples = st.sampled_from(inputs).flatmap(lambda content: damaged_bytes(content) | damaged_lines(content))
+    refused = []
+    settings(hypothesis.given(examples)(lambda content: refused.append(fuzz.checked(attempt, content))))()
+    assert len(refused) >= settings.max_examples
+    print(f"{len(refused)} inputs, {sum(refused)} refused")
