@@ -23,7 +23,7 @@ import numpy as np
 
 from slimmoe_jax import files
 from slimmoe_jax.config import InputError, ModelConfig
-from slimmoe_jax.data import tokenizers
+from slimmoe_jax.data import packing, tokenizers
 from slimmoe_jax.progress import Meter, short
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class Records:
         self.fingerprint: str = manifest["tokenizer"]["fingerprint"]
         if not 0 <= self.end_token < self.vocab_size:
             raise ValueError(f"end_token {self.end_token} of a vocabulary of {self.vocab_size}")
+        if manifest["channels"] not in (["tokens"], list(packing.CHANNELS)):
+            raise ValueError(f"channels {manifest['channels']}")
         shape = (self.context + 1, manifest["channels"])
         self._splits = {name: Split(directory, entry, *shape) for name, entry in manifest["splits"].items()}
         for name in ("train", "validation"):
@@ -207,7 +209,7 @@ class Records:
                     values = np.frombuffer(block[: len(block) // record * record], dtype).reshape(-1, len(channels), width)
                     for number, name in enumerate(channels):
                         largest = int(values[:, number].max(initial=0))
-                        if largest > most.get(name, largest):
+                        if largest > most[name]:
                             faults[name] = max(largest, faults.get(name, 0))
                     yield file.tell()
         except (OSError, ValueError) as error:
