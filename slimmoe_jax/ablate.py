@@ -151,9 +151,7 @@ class _Task:
         if last["step"] >= self.config.steps:
             return "measuring"
         loss = last.get("loss")
-        return (
-            f"{last['step']}/{self.config.steps} {loss:.3f}" if measure.is_number(loss) else f"{last['step']}/{self.config.steps}"
-        )
+        return f"{last['step']}/{self.config.steps} {loss:.3f}" if files.is_number(loss) else f"{last['step']}/{self.config.steps}"
 
 
 def _tasks(study: Study, out: Path) -> list[_Task]:

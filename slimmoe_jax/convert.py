@@ -389,7 +389,7 @@ def training_config(
     else:
         try:
             base, step = config_lib.from_json(kept["config"], str(folder / TRAINING_FILE)), int(kept["step"])
-            if not all(abs(kept["router"][name]) <= np.finfo(np.float32).max for name in _KEPT_OF_ROUTER):
+            if not all(abs(kept["router"][name]) <= float(np.finfo(np.float32).max) for name in _KEPT_OF_ROUTER):
                 raise ValueError("the router's state is not finite")
             if kept["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
                 raise InputError(

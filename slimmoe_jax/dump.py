@@ -50,6 +50,23 @@ class Replayed:
     largest: dict[str, float]  # each parameter's largest absolute value
 
 
+def read_batch(path: Path) -> dict[str, np.ndarray]:
+    """What `write` kept of a step: its batch by channel, "records" and the dropout "key".
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kept = {name: file[name] for name in file.files}
+        shapes = {kept[name].shape for name in kept if name not in ("key", "records", "text")}
+        if kept["key"].dtype != np.uint32 or len(shapes) != 1 or {(rows,) for rows, _ in shapes} != {kept["records"].shape}:
+            raise ValueError("its arrays do not fit together")
+        return kept
+    except Exception as error:  # zipfile, zlib and NumPy's parser of headers have errors of their own
+        raise InputError(f"{path} is missing or damaged ({config_lib.reason(error)}): give the folder `dump` of a run") from error
+
+
 def replay(directory: Path) -> Replayed:
     """Runs the newest step of a dump again.
 
@@ -58,13 +75,8 @@ def replay(directory: Path) -> Replayed:
     """
     mesh = sharding.make_mesh(MeshConfig())
     run = checkpoint.load_run(directory, mesh, finite=False)
-    path = directory / f"batch-{run.step}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            batch = {name: file[name] for name in file.files}
-        key, records = batch.pop("key"), batch.pop("records")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}): give the folder `dump` of a run") from error
+    batch = read_batch(directory / f"batch-{run.step}.npz")
+    key, records = batch.pop("key"), batch.pop("records")
     config, model, optimizer = run.config, state.build_model(run.config), optim.make(run.config)
     end_token = tokenizers.saved(directory).end_token
     before = TrainState(

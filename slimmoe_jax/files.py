@@ -69,6 +69,11 @@ def parse_json(text: str) -> Any:
     return tree
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def not_finite(tree: Any) -> list[str]:
     """The dotted names of the numbers in a JSON tree that are NaN, infinite, or whole but beyond the largest float."""
 

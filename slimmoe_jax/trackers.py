@@ -233,8 +233,11 @@ class Mark:
         """The one that is kept; a new one where there is none, and for a run that begins."""
         path = workdir / "trackers" / f"{tool}.json"
         if start and path.exists():
-            kept = json.loads(path.read_text())
-            return cls(path, kept["run"], kept["step"])
+            try:
+                kept = files.read_json(path)
+                return cls(path, str(kept["run"]), int(kept["step"]))
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                say(f"warning: {path} is damaged ({config_lib.reason(error)}): {tool} gets the rest as another run")
         path.parent.mkdir(exist_ok=True)
         return cls(path, secrets.token_hex(4), 0)
 

@@ -100,7 +100,7 @@ def _properties(run: Run, model: ModelConfig, tokenizer: Tokenizer, dtype: str) 
     cache = metrics.kv_cache_bytes_per_token(model)
     router = model.router
     used = row.get("experts_per_token")
-    mean = sum(used) / len(used) if used else None
+    mean = sum(used) / len(used) if isinstance(used, list) and used and all(map(files.is_number, used)) else None
     experts = f"{model.experts} of hidden width {model.expert_hidden:,}{', gated' if model.gated else ''}"
     rows = [
         ("parameters", f"{total:,}"),
@@ -124,19 +124,17 @@ def _properties(run: Run, model: ModelConfig, tokenizer: Tokenizer, dtype: str) 
         ("precision in training; of this folder", f"{config.precision}; {dtype}"),
         ("steps, tokens of the last stage", f"{run.step:,}, {run.step * config.data.batch_size * config.data.context:,}"),
     ]
-    if row.get("validation_loss") is not None:
-        loss, bits = row["validation_loss"], row["validation_bits_per_byte"]
+    loss, bits = row.get("validation_loss"), row.get("validation_bits_per_byte")
+    if files.is_number(loss) and files.is_number(bits):
         rows.append(("validation loss at this step", f"{loss:.4f} nats a token, {bits:.4f} bits a byte"))
     return rows
 
 
 def _measured(run: Run) -> dict[str, Any]:
     """The run's line of metrics for the step; empty where there is none."""
-    try:
-        lines = (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return next(row for line in reversed(lines) if (row := files.parse_json(line)).get("step") == run.step)
-    except (OSError, ValueError, AttributeError, StopIteration):
-        return {}
+    path = run.directory / "metrics.jsonl"
+    rows = metrics.read_jsonl(path) if path.is_file() else []
+    return next((row for row in reversed(rows) if row["step"] == run.step), {})
 
 
 def _training(behind: Sequence[Stage], lost: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -107,9 +106,10 @@ def _prepare(data: DataConfig, source: Source, settings: dict[str, Any], folder:
         job = Job(data, spec, tokenizer.fingerprint, folder, dtype)
         _run_units(job, source, workers)
         files.write_json(folder / "manifest.json", _join(job, tokenizer, source, settings))
+    manifest = records.open_records(folder).manifest
     for path in [*folder.glob("unit-*"), *folder.glob("*.tmp"), folder / "settings.json"]:
         path.unlink(missing_ok=True)
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
 
 
 def _settings(data: DataConfig, source: Source) -> dict[str, Any]:
@@ -188,8 +188,11 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in a new folder; refuses one that was begun with others."""
     for name in ("manifest.json", "settings.json"):
         if (folder / name).exists():
-            kept = json.loads((folder / name).read_text(encoding="utf-8"))
-            kept = kept["settings"] if name == "manifest.json" else kept
+            try:
+                kept = files.read_json(folder / name)
+                kept = kept["settings"] if name == "manifest.json" else kept
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{folder / name} is damaged ({config.reason(error)}): remove {folder} to start over") from error
             if kept != settings:
                 raise InputError(f"{folder} was begun otherwise ({_difference(kept, settings)}): remove it to start over")
             return
@@ -387,7 +390,21 @@ def _larger_fraction(data: DataConfig, splits: dict[str, Any]) -> str:
 
 
 def summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
-    """What a person wants to know of prepared records."""
+    """What a person wants to know of prepared records.
+
+    Raises:
+      InputError: the manifest lacks a number, or has something else in its place.
+    """
+    try:
+        return _summary_lines(manifest, out)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"{out / 'manifest.json'} is damaged ({type(error).__name__}: {error}): restore it, or remove the folder and prepare"
+            " the records again"
+        ) from error
+
+
+def _summary_lines(manifest: dict[str, Any], out: Path) -> list[str]:
     lines = []
     packed = "segments" in manifest["channels"]
     for name in SPLITS:

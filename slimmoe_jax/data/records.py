@@ -136,6 +136,10 @@ class Records:
             raise ValueError(f"end_token {self.end_token} of a vocabulary of {self.vocab_size}")
         if manifest["channels"] not in (["tokens"], list(packing.CHANNELS)):
             raise ValueError(f"channels {manifest['channels']}")
+        sums = [file["sha256"] for entry in manifest["splits"].values() for file in entry["files"]]
+        texts = [manifest["source"], manifest["tokenizer"]["name"], self.fingerprint, *sums]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a source, a name or a sum is no text")
         shape = (self.context + 1, manifest["channels"])
         self._splits = {name: Split(directory, entry, *shape) for name, entry in manifest["splits"].items()}
         for name in ("train", "validation"):
@@ -187,7 +191,7 @@ class Records:
     def _mark(self, path: Path, entry: dict[str, Any]) -> list[Any]:
         """What stays the same while a file does, and what it was compared with."""
         now = path.stat()
-        return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, entry.get("sha256"), self.vocab_size, self.manifest["channels"]]
+        return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, entry["sha256"], self.vocab_size, self.manifest["channels"]]
 
     def _check(self, path: Path, entry: dict[str, Any]) -> Iterator[int]:
         """Compares one file; yields the bytes read so far."""
@@ -217,7 +221,7 @@ class Records:
         wrong = [f"it has {name} up to {largest:,}, where {most[name]:,} is the most" for name, largest in faults.items()]
         if by_columns and len(channels) > 1:
             wrong.insert(0, "it is stored by columns")
-        if digest.hexdigest() != entry.get("sha256"):
+        if digest.hexdigest() != entry["sha256"]:
             wrong.insert(0, "its sha256 is not the manifest's")
         if wrong:
             raise InputError(
@@ -266,7 +270,9 @@ def open_records(directory: str | Path, context: int | None = None, model: Model
             raise InputError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: prepare the records again")
         records = Records(directory, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the records again") from error
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {error}): restore it, or remove the folder and prepare the records again"
+        ) from error
     if context is not None and context != records.context:
         raise InputError(
             f"{directory} holds records of data.context = {records.context}, not {context}: prepare others with --data.records"

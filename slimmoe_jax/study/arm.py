@@ -71,10 +71,11 @@ def read_spec(folder: Path) -> dict[str, Any]:
         spec: dict[str, Any] = files.read_json(path)
         parts = {"arm": str, "levels": dict, "seed": int, "config": dict, "effort": dict}
         wrong = [name for name, kind in parts.items() if not isinstance(spec[name], kind)]
-        Effort(**spec["effort"])
+        known = dataclasses.asdict(Effort())
+        wrong += [name for name, value in spec["effort"].items() if type(value) is not type(known[name])]
         if wrong:
             raise ValueError(wrong[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is missing or damaged: give a folder that slimmoe_jax.ablate made, or remove it") from error
     return spec
 

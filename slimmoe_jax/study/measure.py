@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def check_result(result: Any) -> None:
     if not isinstance(result, dict):
         raise ValueError(f"it is a {type(result).__name__}, not an object")
     for name in _NUMBERS:
-        if not is_number(result.get(name)):
+        if not files.is_number(result.get(name)):
             raise ValueError(f"{name} is not a number")
     for name, columns in (_ROWS | _OF_ROUTERS).items():
         if name in _ROWS or name in result:
@@ -86,7 +85,7 @@ def _check_rows(name: str, rows: Any, columns: Sequence[str]) -> None:
     if not isinstance(rows, list):
         raise ValueError(f"{name} is not a list")
     for row in rows:
-        if not isinstance(row, dict) or not all(is_number(row.get(column)) for column in columns):
+        if not isinstance(row, dict) or not all(files.is_number(row.get(column)) for column in columns):
             raise ValueError(f"{name} has a row without {', '.join(columns)}")
 
 
@@ -105,11 +104,6 @@ def _check_shares(names: Any, shares: Any) -> None:
         fits = False
     if not fits:
         raise ValueError("its shares of experts have another form")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def costs(config: TrainConfig) -> dict[str, float]:
@@ -135,7 +129,7 @@ def log(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{directory} has no metrics.jsonl: give the folder of a training run")
-    rows = [row for row in metrics.read_jsonl(path) if is_number(row.get("tokens_per_second"))]
+    rows = [row for row in metrics.read_jsonl(path) if files.is_number(row.get("tokens_per_second"))]
     if not rows:
         raise InputError(f"{path} has no row of a training step: let the run finish, or restore the file")
     return rows
@@ -153,7 +147,7 @@ def training(directory: Path, config: TrainConfig, step: int) -> dict[str, Any]:
     if not evaluated:
         raise InputError(f"{path} holds no evaluation up to step {step}, the newest checkpoint's: let the run finish")
     newest = evaluated[-1]
-    if not is_number(newest["validation_loss"]):
+    if not files.is_number(newest["validation_loss"]):
         raise InputError(
             f"{directory} diverged: its validation loss at step {newest['step']} is not finite: lower optim.learning_rate"
         )
@@ -177,12 +171,12 @@ def training(directory: Path, config: TrainConfig, step: int) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return value if is_number(value) else None
+    return value if files.is_number(value) else None
 
 
 def _mean_of_layers(values: Sequence[Any]) -> float | None:
     """The mean of lists by layer, those left out that hold anything but numbers; None where no list is left."""
-    whole = [row for row in values if isinstance(row, list) and row and all(map(is_number, row))]
+    whole = [row for row in values if isinstance(row, list) and row and all(map(files.is_number, row))]
     return float(np.mean([np.mean(row) for row in whole])) if whole else None
 
 
@@ -192,7 +186,7 @@ def curve(directory: Path, config: TrainConfig) -> dict[str, np.ndarray]:
     Raises:
       InputError: the log has no step with a finite loss.
     """
-    rows = [row for row in log(directory) if is_number(row.get("loss")) and row["tokens_per_second"] > 0]
+    rows = [row for row in log(directory) if files.is_number(row.get("loss")) and row["tokens_per_second"] > 0]
     if not rows:
         raise InputError(f"{directory / 'metrics.jsonl'} has no step with a finite loss: lower optim.learning_rate and train again")
     steps, rates = np.array([row["step"] for row in rows]), np.array([row["tokens_per_second"] for row in rows])

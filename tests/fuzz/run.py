@@ -29,8 +29,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slimmoe_jax.config import DataConfig
 
 CORPUS = Path(__file__).with_name("corpus")
+_FOLDER = b"/FOLDER"  # in the corpus, for that in which a reader works
 LIMITS = ("-timeout=20", "-rss_limit_mb=2048", "-detect_leaks=0", "-print_final_stats=1")
 Attempt = Callable[[bytes], object]  # reads one input
 
@@ -132,27 +137,50 @@ def _npy(folder: Path) -> Attempt:
     return attempt
 
 
-def _partial(folder: Path) -> Attempt:
-    """The summary of a unit in a preparation that was interrupted."""
-    from slimmoe_jax.config import DataConfig
+def _partial(folder: Path, name: str) -> Attempt:
+    """A file of a preparation that was interrupted."""
+    import shutil
+
     from slimmoe_jax.data import prepare
 
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"some text, number {n}"}) + "\n" for n in range(80)))
-    data = DataConfig(source=str(folder / "text.jsonl"), tokenizer="gpt2", context=8, validation_fraction=0.3)
-    settings = prepare._settings(data, prepare.open_source(data))
-    (folder / "out.partial").mkdir()
+    data = _text(folder)
+    settings = json.dumps(prepare._settings(data, prepare.open_source(data)))
+    prepare.prepare(data, folder / "whole", workers=1)
+    (folder / "whole" / "manifest.json").unlink()
 
     def attempt(content: bytes) -> None:
-        import shutil
-
         shutil.rmtree(folder / "out", ignore_errors=True)
         shutil.rmtree(folder / "out.partial", ignore_errors=True)
-        (folder / "out.partial").mkdir()
-        (folder / "out.partial" / "settings.json").write_text(json.dumps(settings))
-        (folder / "out.partial" / "unit-000000.json").write_bytes(content)
-        prepare.prepare(data, folder / "out", workers=1)
+        shutil.copytree(folder / "whole", folder / "out.partial")
+        (folder / "out.partial" / "settings.json").write_text(settings)
+        (folder / "out.partial" / name).write_bytes(content.replace(_FOLDER, bytes(folder)))
+        prepare.summary_lines(prepare.prepare(data, folder / "out", workers=1), folder / "out")
 
     return attempt
+
+
+def _prepared(folder: Path) -> Attempt:
+    """The manifest of records that `prepare` finds and keeps."""
+    from slimmoe_jax.data import prepare, records
+
+    data = _text(folder)
+    prepare.prepare(data, folder / "out", workers=1)
+
+    def attempt(content: bytes) -> None:
+        (folder / "out" / "manifest.json").write_bytes(content.replace(_FOLDER, bytes(folder)))
+        opened = records.open_records(folder / "out")
+        prepare.check_made_for(data, opened)
+        prepare.summary_lines(opened.manifest, folder / "out")
+
+    return attempt
+
+
+def _text(folder: Path) -> DataConfig:
+    """The config of a little text, in a file."""
+    from slimmoe_jax.config import DataConfig
+
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"some text, number {n}"}) + "\n" for n in range(80)))
+    return DataConfig(source=str(folder / "text.jsonl"), tokenizer="gpt2", context=8, validation_fraction=0.3)
 
 
 def _tokenizer_json(folder: Path) -> Attempt:
@@ -210,6 +238,46 @@ def _safetensors(folder: Path) -> Attempt:
     def attempt(content: bytes) -> None:
         (folder / "model.safetensors").write_bytes(content)
         convert.read_tensors(folder)
+
+    return attempt
+
+
+def _training_file(folder: Path) -> Attempt:
+    """What an exported folder keeps of its training, which makes a run of it again."""
+    from slimmoe_jax import convert, validation
+    from slimmoe_jax.config import ModelConfig
+    from slimmoe_jax.data import tokenizers
+
+    model, tokenizer = ModelConfig(), tokenizers.load("gpt2")
+    path = folder / convert.TRAINING_FILE
+
+    def attempt(content: bytes) -> None:
+        path.write_bytes(content)
+        kept = convert._json(path)
+        config, _ = convert.training_config(model, 32, tokenizer, kept, folder, folder / "out")
+        validation.validate(config)
+        convert.router_state(model, {}, kept)
+
+    return attempt
+
+
+def _result(folder: Path) -> Attempt:
+    """The measurements of a run, which a report shows."""
+    from slimmoe_jax import report
+
+    def attempt(content: bytes) -> None:
+        (folder / "result.json").write_bytes(content)
+        report._kept(folder / "result.json")
+
+    return attempt
+
+
+def _dump(folder: Path) -> Attempt:
+    from slimmoe_jax import dump
+
+    def attempt(content: bytes) -> None:
+        (folder / "batch-3.npz").write_bytes(content)
+        dump.read_batch(folder / "batch-3.npz")
 
     return attempt
 
@@ -274,12 +342,18 @@ READERS: dict[str, Callable[[Path], Attempt]] = {
     "config": _config,
     "manifest": _manifest,
     "npy": _npy,
-    "partial": _partial,
+    "partial": lambda folder: _partial(folder, "unit-000000.json"),
+    "partial_settings": lambda folder: _partial(folder, "settings.json"),
+    "partial_manifest": lambda folder: _partial(folder, "manifest.json"),
+    "prepared": _prepared,
     "tokenizer_json": _tokenizer_json,
     "tokenizer_model": _tokenizer_model,
     "hf_config": _hf_config,
     "hf_tokenizer": _hf_tokenizer,
     "safetensors": _safetensors,
+    "training_file": _training_file,
+    "dump": _dump,
+    "result": _result,
     "arm": _arm,
     "remembered": _remembered,
     "metrics": _metrics,
