@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -247,8 +248,8 @@ class Checkpoints:
             kept = _numbered(self.directory)
             before = f"the same command resumes from step {kept[-1]}" if kept else "there is none yet"
             number = files.refused_write(error)
-            advice = f"{files.ADVICE[number]}; " if number else ""
-            raise InputError(f"a checkpoint could not be saved in {self.directory} ({_reason(error)}): {advice}{before}") from error
+            said = f"({os.strerror(number)}): {files.ADVICE[number]}; " if number else f"({_reason(error)}): "
+            raise InputError(f"a checkpoint could not be saved in {self.directory} {said}{before}") from error
 
     def _other_tree(self, step: int | None, items: dict[str, ocp.args.CheckpointArgs]) -> str:
         """How a checkpoint's arrays differ by name from those that were to be read; "" where they do not, or it cannot be told."""

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -166,11 +167,14 @@ def peak_memory() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if sys.platform not in ("linux", "darwin"):
+    if sys.platform == "linux":  # where getrusage counts the program too that started this one
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return 1024 * int(found[1]) if found else None
+    if sys.platform != "darwin":
         return None
     import resource  # which Windows lacks
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class JsonlWriter:

@@ -26,6 +26,13 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 host.keep_freed_memory()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+STARTED = """
+import subprocess, sys
+import numpy as np
+
+held = np.ones(2**27)  # 1 GiB
+subprocess.run([sys.executable, "-c", "from slimmoe_jax import metrics; print(metrics.peak_memory())"], check=True)
+"""
 PREPARED = """
 import jax
 from slimmoe_jax import host
@@ -58,3 +65,8 @@ def test_address_space_for_the_heap_is_not_resident():
 def test_programs_run_in_the_thread_that_calls_them():
     """So what they return is there when the call returns, be it ever so much work."""
     assert output(PREPARED) == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    assert 2**26 < int(output(STARTED)) < 2**30
