@@ -1,6 +1,8 @@
 """Commands whose reader, terminal or devices are not there: no traceback, and a training that continues."""
 
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
@@ -118,25 +120,28 @@ def losses(run):
 
 
 @pytest.mark.slow
-def test_a_reader_that_fails_saves_the_step_and_the_run_resumes_from_it(folder, whole, monkeypatch, capsys):
-    read = records.Split.read
+@pytest.mark.parametrize(("error", "named"), [(OSError("Input/output error"), "Input/output error"), (queue.Full(), "Full")])
+def test_a_reader_that_fails_saves_the_step_and_the_run_resumes_from_it(folder, whole, monkeypatch, capsys, error, named):
+    read, run = records.Split.read, f"failed_{type(error).__name__}"
 
     def failing(self, indices):
         if len(self) > 400 and failing.left == 0:  # the training split
-            raise OSError("Input/output error")
+            raise error
         failing.left -= len(self) > 400
         return read(self, indices)
 
     failing.left = 7
     monkeypatch.setattr(records.Split, "read", failing)
-    assert run_here(folder, monkeypatch, "--workdir", "failed", "--checkpoint.every", "100") == 1
+    assert run_here(folder, monkeypatch, "--workdir", run, "--checkpoint.every", "100") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "the reader of records failed after step 7 (" in line and "step 7 is saved, and the same command resumes the run" in line
-    assert "Input/output error" in (folder / "failed" / "failure-0.txt").read_text()
+    step = int(re.search(r"after step (\d+)", line)[1])  # at most 7: two threads read
+    assert f"the reader of records failed after step {step} ({named}" in line and 1 <= step <= 7
+    assert f"step {step} is saved, and the same command resumes the run" in line
+    assert named in (folder / run / "failure-0.txt").read_text()
     monkeypatch.setattr(records.Split, "read", read)
-    assert run_here(folder, monkeypatch, "--workdir", "failed", "--checkpoint.every", "100") == 0
-    assert "resuming failed from step 7" in capsys.readouterr().err
-    assert losses(folder / "failed") == whole
+    assert run_here(folder, monkeypatch, "--workdir", run, "--checkpoint.every", "100") == 0
+    assert f"resuming {run} from step {step}" in capsys.readouterr().err
+    assert losses(folder / run) == whole
 
 
 @pytest.mark.slow
