@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -43,6 +45,8 @@ from slimmoe_jax.state import TrainState
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
+_METRICS, _LOSS = "metrics", "validation_loss"  # Orbax's name for the item, and what is in it
+_SEAL = "sha256"  # in the digests, of them
 _ATTEMPTS = 20  # to list and to read checkpoints that a training removes meanwhile
 # What a checkpoint takes on the disk at least, as a share of its arrays' bytes: compression saves some 7% on floats, and more only
 # where many of them are zero.
@@ -55,6 +59,22 @@ class DamagedError(InputError):
 
 class GoneError(InputError):
     """A checkpoint was removed while it was read, or before."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which opens a run also where a validation loss in it is damaged."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """The step's validation loss; None where none was recorded, or what was is damaged, which is said."""
+        folder = Path(self.directory) / str(step)
+        try:
+            found = super().metrics(step)
+            if found is not None:
+                _check_metrics(folder, found)
+            return found
+        except (ValueError, TypeError, KeyError) as error:
+            _warn(f"warning: the validation loss in {folder} is damaged ({_reason(error)}): the checkpoint cannot be the best one")
+            return None
 
 
 class Checkpoints:
@@ -74,7 +94,7 @@ class Checkpoints:
         self._manager = self._open(config)
 
     def _open(self, config: TrainConfig | None) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
+        return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 read_only=config is None,
@@ -111,28 +131,35 @@ class Checkpoints:
         Args:
           step: steps done, as the state counts them too.
           data: JSON-able state of the iterator after the batches of these steps.
+          validation_loss: None where it was not measured at this step.
         """
         weights, optimizer = _items(state)
-        sums = {"weights": digests.of_tree(weights), "optimizer": digests.of_tree(optimizer), "data": _json_digest(data)}
+        kept = config_lib.to_json(config)
+        measured = None
+        if validation_loss is not None and math.isfinite(validation_loss):  # NaN would be neither better nor worse than others
+            measured = {_LOSS: validation_loss}
+        sums: dict[str, Any] = {"weights": digests.of_tree(weights), "optimizer": digests.of_tree(optimizer)}
+        sums |= {"data": _json_digest(data), "config": _json_digest(kept)}
+        sums |= {_METRICS: _json_digest(measured)} if measured else {}
         self._save(
             step,
-            None if validation_loss is None else {"validation_loss": validation_loss},
+            measured,
             weights=ocp.args.StandardSave(weights),
             optimizer=ocp.args.StandardSave(optimizer),
             data=ocp.args.JsonSave(data),
-            config=ocp.args.JsonSave(config_lib.to_json(config)),
-            digests=ocp.args.JsonSave(sums),
+            config=ocp.args.JsonSave(kept),
+            digests=ocp.args.JsonSave(_sealed(sums)),
         )
 
     def save_weights(self, step: int, params: Any, router: RouterState, config: TrainConfig) -> None:
         """Saves what starts another run, evaluates and generates, and cannot be resumed: there is no optimiser."""
-        weights = {"params": params, "router": router}
+        weights, kept = {"params": params, "router": router}, config_lib.to_json(config)
         self._save(
             step,
             None,
             weights=ocp.args.StandardSave(weights),
-            config=ocp.args.JsonSave(config_lib.to_json(config)),
-            digests=ocp.args.JsonSave({"weights": digests.of_tree(weights)}),
+            config=ocp.args.JsonSave(kept),
+            digests=ocp.args.JsonSave(_sealed({"weights": digests.of_tree(weights), "config": _json_digest(kept)})),
         )
 
     def restore(self, config: TrainConfig, mesh: Mesh, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
@@ -246,7 +273,7 @@ class Checkpoints:
             yield
         except Exception as error:
             kept = _numbered(self.directory)
-            before = f"the same command resumes from step {kept[-1]}" if kept else "there is none yet"
+            before = f"the same command resumes from step {kept[-1]}" if kept else "no checkpoint was saved before"
             number = files.refused_write(error)
             said = f"({os.strerror(number)}): {files.ADVICE[number]}; " if number else f"({_reason(error)}): "
             raise InputError(f"a checkpoint could not be saved in {self.directory} {said}{before}") from error
@@ -255,6 +282,7 @@ class Checkpoints:
         """How a checkpoint's arrays differ by name from those that were to be read; "" where they do not, or it cannot be told."""
         try:
             kept = self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests
+            _check_seal(kept)
         except Exception:  # damaged there too, or of a version without digests
             return ""
         for item, asked in items.items():
@@ -361,6 +389,25 @@ def _hush_late_callbacks() -> None:
     sys.unraisablehook = hushed
 
 
+def _check_metrics(folder: Path, found: Any) -> None:
+    """Raises ValueError, TypeError or KeyError where a checkpoint's validation loss is not what was saved."""
+    if not files.is_number(_validation_loss(found)):
+        raise ValueError("it is not a number")
+    kept = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged digests are for `restore` to notice
+        sums = files.read_json(folder / "digests" / "metadata")
+        _check_seal(sums)
+        kept = sums.get(_METRICS)
+    if kept not in (None, _json_digest(found)):
+        raise ValueError("it is not what was saved")
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Says a line once, however often a run is opened."""
+    distributed.say(line)
+
+
 def _names(tree: Any) -> set[str]:
     return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -373,13 +420,27 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _compare_digests(restored: Any) -> None:
     """Raises ValueError where an item is not what was saved."""
-    for item, kept in (restored.get("digests") or {}).items():
+    sums = restored.get("digests") or {}
+    _check_seal(sums)
+    for item, kept in sums.items():
         if item in restored:
-            wanted = {"": kept} if item == "data" else kept  # of one digest, without a name
-            found = {"": _json_digest(restored[item])} if item == "data" else digests.of_tree(restored[item])
+            of_json = isinstance(kept, str)  # one digest, without a name
+            wanted = {"": kept} if of_json else kept
+            found = {"": _json_digest(restored[item])} if of_json else digests.of_tree(restored[item])
             if found != wanted:
                 names = [name for name in wanted if found.get(name) != wanted[name]]
                 raise ValueError(f"{item}{names[0] if names else ''} is not what was saved")
+
+
+def _sealed(sums: dict[str, Any]) -> dict[str, Any]:
+    """The digests with one of their own: their names say which arrays there are."""
+    return sums | {_SEAL: _json_digest(sums)}
+
+
+def _check_seal(sums: dict[str, Any]) -> None:
+    """Raises ValueError where digests are not what was saved; earlier versions saved them without a seal."""
+    if _SEAL in sums and sums[_SEAL] != _json_digest({name: value for name, value in sums.items() if name != _SEAL}):
+        raise ValueError("its digests are not what was saved")
 
 
 def _json_digest(tree: dict[str, Any]) -> str:
@@ -395,7 +456,7 @@ def _reason(error: Exception) -> str:
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
-    return metrics["validation_loss"]
+    return metrics[_LOSS]
 
 
 def _policy(config: TrainConfig) -> policies.PreservationPolicy:

@@ -15,7 +15,7 @@ from slimmoe_jax import config as config_lib
 from slimmoe_jax import files, validation
 from slimmoe_jax.config import InputError, TrainConfig
 from slimmoe_jax.progress import say
-from slimmoe_jax.terminal import Remarks, discard, reader_is_gone
+from slimmoe_jax.terminal import Remarks, discard, keep_interrupts, reader_is_gone
 
 Args = TypeVar("Args")
 
@@ -29,6 +29,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     sys.stderr = Remarks(sys.stderr)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_interrupts()
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()

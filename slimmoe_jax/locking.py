@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from slimmoe_jax import files
 from slimmoe_jax.config import InputError
 from slimmoe_jax.progress import say
 
@@ -30,16 +31,22 @@ def one_writer(folder: Path, doing: str, otherwise: str) -> Iterator[None]:
       doing: what this process does there, for the line that another one gets.
       otherwise: what can be done in place of waiting, to end the line that this one gets.
     Raises:
-      InputError: another process holds the lock; the line says which.
+      InputError: another process holds the lock, and the line says which; or no folder can be there, as in /proc.
+      OSError: the folder cannot be written to, for a reason that `files.refused_write` knows.
     """
     folder = folder.resolve()
     if folder in _held:
         yield
         return
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks nothing that is open for reading alone
+    try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks nothing that is open for reading alone
+    except OSError as error:
+        if files.refused_write(error):
+            raise
+        raise InputError(f"{folder} cannot be made or written to ({error.strerror}): {otherwise}") from error
     try:
         _lock(handle, path, otherwise)
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")

@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any, TextIO
 
@@ -83,6 +84,21 @@ def end_quietly_on_interrupt() -> None:
     """For the time of imports, in which Ctrl-C is no reason for a traceback and some libraries swallow it. `cli.run` ends it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+
+
+def keep_interrupts() -> None:
+    """Raises a KeyboardInterrupt again that Python cannot pass on: one in a callback of its garbage collector, as JAX has."""
+    hook, main = sys.unraisablehook, threading.main_thread().ident or 0
+
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        later = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))  # when the callback has returned
+        later.daemon = True
+        later.start()
+
+    sys.unraisablehook = again
 
 
 def _end(number: int, frame: FrameType | None) -> None:

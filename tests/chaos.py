@@ -9,7 +9,8 @@ file stays. When a run has all its steps, its losses, samples and weights are co
 one process, to 1e-4 in two. Prints a line for each fault and a table; the exit code is 0 if nothing was lost, 1 otherwise.
 
 Trainings are forked, which starts them in a fraction of a second. As root, runs are on a small file system, which is filled and
-made read-only; otherwise those faults are left out. `--count N` lets each fault happen N times, whatever time that takes.
+made read-only; otherwise those faults are left out. `--count N` lets each fault happen N times, whatever time that takes. When the
+time is over, the runs under way are trained to their end, which can take a minute more.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -172,32 +174,61 @@ def faults_in_turn(args: argparse.Namespace, faults: dict[str, Fault], chaos: Ch
         chaos.happen(chaos.rng.choices(list(faults), [fault.weight for fault in faults.values()])[0])
 
 
+def let_happen(args: argparse.Namespace, faults: dict[str, Fault], chaos: Chaos) -> None:
+    try:
+        chaos.train_undisturbed()
+        faults_in_turn(args, faults, chaos)
+        chaos.finish()
+    finally:
+        if os.getpid() == PARENT:
+            for run in [chaos.undisturbed, *chaos.runs.values()]:
+                run.kill()
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise ValueError
+    return number
+
+
+def new_folder(name: str) -> Path:
+    try:
+        folder = Path(name or tempfile.mkdtemp(prefix="chaos-")).absolute()
+        folder.mkdir(parents=True, exist_ok=not name)
+    except OSError as error:
+        raise SystemExit(f"--keep {name}: {error.strerror}; give a folder that does not exist yet") from error
+    return folder
+
+
+def end(number: int, frame: object) -> None:
+    """Ends as an exception does, so that nothing stays mounted or running."""
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=positive, default=30, help="above 0")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", help="a new folder to work in, which then stays; otherwise it stays only if something was lost")
+    parser.add_argument("--keep", default="", help="a new folder to work in, which stays; without it only what was lost stays")
     parser.add_argument("--only", help=f"faults, by comma: {', '.join(FAULTS)}")
-    parser.add_argument("--count", type=int, default=0, help="let each fault happen so many times, in place of --minutes")
+    parser.add_argument("--count", type=int, help="let each fault happen so many times, in place of --minutes")
     args = parser.parse_args()
-    folder = Path(args.keep or tempfile.mkdtemp(prefix="chaos-")).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    if args.count is not None and args.count < 1:
+        parser.error(f"--count {args.count}: give at least 1")
+    folder = new_folder(args.keep)
+    signal.signal(signal.SIGTERM, end)
     os.chdir(tiny.write(folder, CONFIG))
-    with small_disk(folder / "disk") as mounted:
-        chaos = Chaos(folder, random.Random(args.seed), folder / "disk")
-        try:
-            chaos.train_undisturbed()
-            faults_in_turn(args, chosen(args, mounted), chaos)
-            chaos.finish()
-        finally:
-            if os.getpid() == PARENT:
-                for run in chaos.runs.values():
-                    run.kill()
+    chaos = Chaos(folder, random.Random(args.seed), folder / "disk")
+    try:
+        with small_disk(chaos.disk) as mounted:
+            let_happen(args, chosen(args, mounted), chaos)
+    finally:
+        if os.getpid() == PARENT and not args.keep and not chaos.lost:
+            shutil.rmtree(folder)
     print(f"\n{sum(map(len, chaos.happened.values()))} faults, {chaos.finished} runs finished, seed {args.seed}\n\n{chaos.table()}")
     if chaos.lost:
         print(f"\nSomething was lost: see {folder / 'lost'}")
-    elif not args.keep:
-        shutil.rmtree(folder)
     return 1 if chaos.lost else 0
 
 

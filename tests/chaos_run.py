@@ -191,6 +191,7 @@ def fork(
         os.close(remarks)
         return pid
     os.setpgid(0, 0)  # a Ctrl-C is for the parent alone
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(remarks, 1)  # Gloo speaks there
     os.dup2(remarks, 2)
     os.close(remarks)

@@ -129,7 +129,7 @@ def run(tmp_path_factory, mesh):
     checkpoints = checkpoint.Checkpoints(path, CONFIG)
     for step in (1, 2):
         params = jax.tree.map(lambda leaf, step=step: leaf + step, fresh.params)
-        checkpoints.save(step, fresh.replace(step=fresh.step + step, params=params), {"next_index": step}, CONFIG)
+        checkpoints.save(step, fresh.replace(step=fresh.step + step, params=params), {"next_index": step}, CONFIG, 4.0 - step)
     checkpoints.close()
     return path
 
@@ -157,8 +157,9 @@ def test_a_damaged_file_is_never_taken_for_a_whole_one(run, mesh, tmp_path, faul
     rng = np.random.default_rng(["flipped", "truncated", "removed"].index(fault))
     files = [path.relative_to(run) for path in (run / "checkpoints" / "2").rglob("*") if path.is_file()]
     files.sort(key=lambda file: -(run / file).stat().st_size)  # the largest hold the arrays, others may go unread
+    assert Path("checkpoints/2/metrics/metrics") in files
     fell_back = 0
-    for file in [*files[:8], *files[:8], *(files[n] for n in rng.permutation(len(files))[:9])]:
+    for file in [*files[:8], *files]:
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(run, copy)
@@ -177,6 +178,46 @@ def test_a_damaged_file_is_never_taken_for_a_whole_one(run, mesh, tmp_path, faul
             assert equal(found, older) and data == {"next_index": 1} and len(damaged) == 1 and "checkpoints/2 cannot" in damaged[0]
             assert (copy / "damaged" / "2").is_dir() and not (copy / "checkpoints" / "2").exists(), file
     assert fell_back >= 3, "damage must be noticed for this to be a test"
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("content", ["", "{", "[3.0]", '{"validation_loss": null}', '{"validation_loss": 0.5}', None])
+def test_a_damaged_validation_loss_costs_its_checkpoint_the_place_of_the_best(run, mesh, tmp_path, capsys, content, step):
+    """The weights beside it are whole: they are resumed from, and kept."""
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "checkpoints" / str(step) / "metrics" / "metrics"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    checkpoint._warn.cache_clear()
+    found, _, damaged = restored(tmp_path / "copy", mesh)
+    assert int(found.step) == 2 and not damaged
+    said = f"warning: the validation loss in {tmp_path / 'copy' / 'checkpoints' / str(step)} is damaged ("
+    assert capsys.readouterr().err.count(said) == (content is not None)
+    assert checkpoint.Checkpoints(run).best == 2 and checkpoint.Checkpoints(tmp_path / "copy").best == 3 - step
+    assert checkpoint.load_run(tmp_path / "copy", mesh).step == 2
+
+
+def test_a_config_that_changed_is_not_used(run, mesh, tmp_path):
+    """Its weights would fit, and the model would be another."""
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "checkpoints" / "2" / "config" / "metadata"
+    changed = path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0')
+    assert changed != path.read_text()
+    path.write_text(changed)
+    with pytest.raises(InputError, match="checkpoints/2 cannot be read .config is not what was saved.: remove that folder"):
+        checkpoint.load_run(tmp_path / "copy", mesh)
+
+
+@pytest.mark.parametrize(("name", "other"), [("layer_1", "layer_3"), ("weights", "weight3"), ("params", "parals")])
+def test_a_damaged_digest_is_no_other_model(run, mesh, tmp_path, name, other):
+    """A name in the digests with a flipped bit: the checkpoint is damaged, not of another config."""
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "checkpoints" / "2" / "digests" / "metadata"
+    path.write_text(path.read_text().replace(name, other, 1))
+    found, _, damaged = restored(tmp_path / "copy", mesh)
+    assert int(found.step) == 1 and "(its digests are not what was saved)" in damaged[0]
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_moved(run, mesh, tmp_path):

@@ -295,12 +295,12 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(small_disk):
 def test_only_a_full_disk_is_to_be_made_room_on(fresh, tmp_path, monkeypatch):
     checkpoints = checkpoint.Checkpoints(tmp_path, CONFIG)
     for error, advice in (
-        (OSError(28, "No space left on device"), "(No space left on device): make room; there is none yet"),
+        (OSError(28, "No space left on device"), "(No space left on device): make room; no checkpoint was saved before"),
         (
             ValueError("Failed writing: [OS error 27: File too large]"),
-            "(File too large): raise the limit on file sizes (ulimit -f); there is none yet",
+            "(File too large): raise the limit on file sizes (ulimit -f); no checkpoint was saved before",
         ),
-        (UnicodeEncodeError("utf-8", "\udcfc", 0, 1, "surrogates not allowed"), "): there is none yet"),
+        (UnicodeEncodeError("utf-8", "\udcfc", 0, 1, "surrogates not allowed"), "): no checkpoint was saved before"),
     ):
 
         def refuse(*_, error=error, **__):

@@ -64,6 +64,13 @@ def test_a_file_system_without_locks_is_remarked_on(tmp_path, monkeypatch, capsy
     assert f"warning: {tmp_path} cannot be locked (No locks available)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "/dev/" + "n" * 256])
+def test_a_place_where_no_folder_can_be_is_one_line(place):
+    said = r"cannot be made or written to \(.+\): give another"
+    with pytest.raises(InputError, match=said), one_writer(Path(place), "train", "give another"):
+        pass
+
+
 @pytest.mark.slow
 def test_of_two_trainings_in_one_folder_the_first_loses_nothing(tmp_path):
     tiny.write(tmp_path, tiny.source(steps=60, checkpoint__every=20, eval__every=0))

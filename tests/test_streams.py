@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,28 @@ def test_an_interrupt_during_imports_is_one_word(tmp_path):
     environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run([*COMMAND[:2], "slimmoe_jax.train", "--help"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_an_interrupt_that_python_cannot_pass_on_is_not_lost():
+    """It comes in a callback of the garbage collector, out of which no exception gets."""
+    program = """
+import gc, signal, time
+from slimmoe_jax import cli
+
+def interrupt(*_):
+    gc.callbacks.remove(interrupt)
+    signal.raise_signal(signal.SIGINT)
+
+def main(argv):
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    time.sleep(20)
+
+cli.run(main)
+"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n") and time.monotonic() - started < 15
 
 
 @pytest.mark.slow

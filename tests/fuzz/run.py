@@ -452,15 +452,22 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["--worker"]:
         fuzz(argv[1], list(argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reader", nargs="?", choices=[*READERS, "all"], default="all")
+    parser.add_argument("reader", nargs="?", choices=[*READERS, "all"])
     parser.add_argument("files", nargs="*", type=Path, help="inputs to replay")
     parser.add_argument("--seconds", type=float, default=60, help="in all")
     parser.add_argument("--work", type=Path, default=Path("fuzz-work"))
     parser.add_argument("--summary", type=Path, metavar="DIR")
     args = parser.parse_args(argv)
     if args.summary:
-        print("\n".join(summary(args.summary)))
-        return 0
+        lines = summary(args.summary)
+        print("\n".join(lines))
+        return int(len(lines) == 1)  # nothing was fuzzed there
+    if not args.reader:
+        parser.error("give a reader, or all")
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds}: give more than 0")
+    if missing := [str(file) for file in args.files if not file.is_file()]:
+        parser.error(f"{missing[0]} is not a file")
     readers = list(READERS) if args.reader == "all" else [args.reader]
     if args.files or importlib.util.find_spec("atheris") is None:
         for reader in readers:
