@@ -494,7 +494,8 @@ def load_run(path: str | Path, mesh: Mesh, finite: bool = True) -> Run:
     if not (directory / "checkpoints").is_dir():
         exported = any(directory.glob("*.safetensors"))
         mend = "convert --from-hf makes a run of it" if exported else "give the folder of a training run"
-        raise InputError(f"{path} holds no run (there is no folder checkpoints): {mend}")
+        missing = "folder checkpoints" if directory.exists() else "such folder"
+        raise InputError(f"{path} holds no run (there is no {missing}): {mend}")
     for _ in range(_ATTEMPTS - 1):
         try:
             return _load_run(directory, wanted, mesh, finite)

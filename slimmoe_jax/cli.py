@@ -114,7 +114,9 @@ def _one_line(boxed: str) -> str:
     lines = [line for line in lines[1:] if line.strip("─ ")]  # the first is the box's title
     message = " ".join(" ".join(lines).split())
     message = message.replace(" Perhaps you meant:", "; perhaps you meant").replace(" Argument helptext:", "; it is described as")
-    return re.sub(r" For full helptext, (?:run|see)", "; for all flags run", message)
+    message = re.sub(r"invalid literal for int\(\) with base 10: ('.*?')", r"\1 is not a whole number", message)
+    message = re.sub(r"could not convert string to float: ('.*?')", r"\1 is not a number", message)
+    return re.sub(r"\.? For full helptext, (?:run|see)", "; for all flags run", message)
 
 
 def split_config(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
@@ -128,6 +130,8 @@ def take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         raise InputError(f"{argv[0]} stands where a flag is expected: a config goes after --config")
+    if sum(word.split("=")[0] == "--config" for word in argv) > 1:
+        raise InputError("--config is given twice: give one file, and single fields by flags of their own")
     for i, word in enumerate(argv):
         if word == "--config":
             if i + 1 == len(argv):

@@ -177,6 +177,7 @@ def test_a_damaged_file_is_never_taken_for_a_whole_one(run, mesh, tmp_path, faul
             fell_back += 1
             assert equal(found, older) and data == {"next_index": 1} and len(damaged) == 1 and "checkpoints/2 cannot" in damaged[0]
             assert (copy / "damaged" / "2").is_dir() and not (copy / "checkpoints" / "2").exists(), file
+    print(f"{8 + len(files)} faults, {fell_back} times the checkpoint before")
     assert fell_back >= 3, "damage must be noticed for this to be a test"
 
 

@@ -145,6 +145,8 @@ def test_a_run_that_blows_up_stops_with_a_batch_that_can_be_run_again(folder):
     assert "nan" in again.stdout.splitlines()[0], again.stdout
     replayed = dump.replay(folder / "blown" / "dump")
     assert sorted(replayed.records) == sorted(map(int, dict(named)[str(replayed.step)].split(", ")))
+    with pytest.raises(InputError, match="dump holds no run .there is no such folder.: give the folder of a training run"):
+        dump.replay(folder / "dump")
     with pytest.raises(InputError, match="batch-.*npz is missing or damaged"):
         (folder / "blown" / "dump" / f"batch-{replayed.step}.npz").write_bytes(b"PK")
         dump.replay(folder / "blown" / "dump")
