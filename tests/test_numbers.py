@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from slimmoe_jax import config as config_lib
 from slimmoe_jax import cli, metrics, summary, validation
+from slimmoe_jax import config as config_lib
 from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrainConfig, flat, override
 from slimmoe_jax.metrics import JsonlWriter
 from slimmoe_jax.study.design import Arm
