@@ -222,7 +222,7 @@ def test_a_stage_on_conversations_and_text_inherits_its_tokenizer_and_resumes_ex
         (["--init-from", "nowhere", "--data.tokenizer", "inherit", "--data.train-tokenizer", "0"], "holds no run"),
         (["--data.mix", "stdlib"], "write WEIGHT:SOURCE"),
         (["--model.attention", "cudnn"], "needs an NVIDIA GPU"),
-        (["--config", "absent.py"], "absent.py"),
+        (["--config", "absent.py"], "--config is given twice"),
         (["--data.format", "chat"], "records holds other records than the config asks for (data.format = text, not chat)"),
         (["--eval.prompt", ""], "eval.prompt is empty"),
         (["--workdir", "text.jsonl/run"], "text.jsonl is a file"),
