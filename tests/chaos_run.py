@@ -5,6 +5,7 @@ must not have started JAX's devices.
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -176,9 +177,10 @@ class Run:
         check(len(rows) == len({row["step"] for row in rows}), "the log has a step twice")
         return {row["step"]: {name: row[name] for name in COMPARED if name in row} for row in rows}
 
-    def weights(self) -> str:
-        """The digests of all arrays of the last checkpoint."""
-        return (self.path / "checkpoints" / str(STEPS) / "digests" / "metadata").read_text()
+    def weights(self) -> list[object]:
+        """The digests of all arrays of the last checkpoint, and of the iterator's state. The config's differs: it names the folder."""
+        sums = json.loads((self.path / "checkpoints" / str(STEPS) / "digests" / "metadata").read_text())
+        return [sums[item] for item in ("weights", "optimizer", "data")]
 
 
 def fork(
