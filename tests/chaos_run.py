@@ -178,7 +178,7 @@ class Run:
         return {row["step"]: {name: row[name] for name in COMPARED if name in row} for row in rows}
 
     def weights(self) -> list[object]:
-        """The digests of all arrays of the last checkpoint, and of the iterator's state. The config's differs: it names the folder."""
+        """The last checkpoint's digests of arrays and of the iterator's state. The config's differs: it names the folder."""
         sums = json.loads((self.path / "checkpoints" / str(STEPS) / "digests" / "metadata").read_text())
         return [sums[item] for item in ("weights", "optimizer", "data")]
 
