@@ -121,6 +121,10 @@ def test_flags_are_typed_and_reach_every_level():
     [
         (["--model.kv-heds", "4"], "--model.kv-heds"),
         (["--steps", "many"], "--steps"),
+        (["--watchdog", "nan"], "--watchdog: 'nan' is not a whole number; it is described as"),
+        (["--model.layers", "1e3"], "--model.layers: '1e3' is not a whole number"),
+        (["--optim.learning-rate", "fast"], "--optim.learning-rate: 'fast' is not a number"),
+        (["--name"], "Expected 1 values; for all flags run"),
         (["--model.router.kind", "best"], "top_k"),
         (["--config"], "--config needs a file"),
         (["--config", "notes.txt"], "no config at notes.txt"),

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from slimmoe_jax import cli, metrics, summary, validation
 from slimmoe_jax import config as config_lib
+from slimmoe_jax import metrics, summary, validation
 from slimmoe_jax.config import DataConfig, InputError, ModelConfig, TrainConfig, flat, override
 from slimmoe_jax.metrics import JsonlWriter
 from slimmoe_jax.study.design import Arm
@@ -371,18 +371,3 @@ def test_a_run_with_damaged_metrics_resumes(tmp_path):
     assert "run/metrics.jsonl: 2 damaged lines (the first is line 2) are moved to run/metrics.jsonl.damaged" in done.stderr
     assert path.read_bytes().splitlines()[:4] == lines
     assert [row["step"] for row in metrics.read_jsonl(path)] == list(range(1, 9))
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--watchdog", "nan"], "--watchdog: 'nan' is not a whole number; it is described as"),
-        (["--model.layers", "1e3"], "--model.layers: '1e3' is not a whole number"),
-        (["--optim.learning-rate", "fast"], "--optim.learning-rate: 'fast' is not a number"),
-        (["--name"], "Expected 1 values; for all flags run"),
-    ],
-)
-def test_a_flag_of_another_type_is_told_in_words(words, said):
-    with pytest.raises(InputError) as caught:
-        cli.parse(TrainConfig, words, prog="train", description="", default=TrainConfig())
-    assert said in str(caught.value)

@@ -255,7 +255,11 @@ def test_a_run_that_is_done_is_left_as_it_is(folder, reference):
 
 def test_a_config_must_be_named(capsys):
     twice = ["--config", "a.py", "--config=b.py"]
-    for words, message in (([], "is missing"), (["configs/quickstart.py"], "--config"), (twice, "--config is given twice")):
+    for words, message in (
+        ([], "--config is missing"),
+        (["configs/quickstart.py"], "--config"),
+        (twice, "--config is given twice"),
+    ):
         with pytest.raises(InputError, match=message):
             train_lib.main(words)
 
